@@ -1,0 +1,1 @@
+"""Batch jobs: request files in, result files out, resumable."""

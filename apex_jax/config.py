@@ -1,0 +1,201 @@
+"""Every setting of a job as plain dataclasses, and their validation.
+
+Owns names, defaults and ranges; refuses values out of range with the flag's name. The classes are
+mutable because ml_collections overrides them from flags; `validate` is called once, afterwards, and
+nothing changes them from then on. Imports no jax.
+"""
+
+from dataclasses import dataclass, field
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLATFORMS = ("auto", "cpu", "gpu")
+STRATEGIES = ("device_only",)
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be honoured; the message names the flag, the value and the remedy."""
+
+
+@dataclass
+class RopeConfig:
+    """Rotary position embedding. `scaling` is default, linear or llama3."""
+
+    theta: float = 10_000.0
+    scaling: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass
+class LlamaConfig:
+    """The shape of a Llama model, in the names of this project."""
+
+    num_layers: int
+    d_model: int
+    d_ffn: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    @property
+    def num_parameters(self) -> int:
+        attention = self.d_model * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        layer = attention + 3 * self.d_model * self.d_ffn + 2 * self.d_model
+        embeddings = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.d_model
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of keys and values of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+
+@dataclass
+class ModelConfig:
+    """Which model, and from where.
+
+    path: a folder with config.json and safetensors or an Orbax checkpoint. None needs weights=dummy.
+    weights: "checkpoint", or "dummy" for random weights of the right shape (benchmarks).
+    dtype: of weights, activations and KV cache. "auto" is the checkpoint's on a GPU that computes in
+        it (float16 for bfloat16 where it does not), float32 on a CPU.
+    architecture: the expected shape; None reads it from the folder. Where both exist they must agree.
+    seed: of dummy weights.
+    """
+
+    path: str | None = None
+    weights: str = "checkpoint"
+    dtype: str = "auto"
+    architecture: LlamaConfig | None = None
+    seed: int = 0
+
+
+@dataclass
+class CacheConfig:
+    """Paged KV cache.
+
+    device_bytes: budget of the device pool; None takes device_fraction of what is free after the
+        weights (and never more than max_requests requests of max_model_len tokens can use).
+    page_size: tokens per page.
+    """
+
+    device_bytes: int | None = None
+    device_fraction: float = 0.9
+    page_size: int = 16
+
+
+@dataclass
+class SchedulerConfig:
+    """What may run together.
+
+    strategy: how host and device share the work; "device_only" is the one this version has.
+    max_requests: requests that decode or prefill at once.
+    max_prefill_tokens: prompt tokens per sweep; long prompts are cut into chunks of this size.
+    max_model_len: prompt plus output tokens a request may reach; None is the model's own limit, or
+        what the KV cache holds where that is less.
+    """
+
+    strategy: str = "device_only"
+    max_requests: int = 64
+    max_prefill_tokens: int = 512
+    max_model_len: int | None = None
+
+
+@dataclass
+class SamplingDefaults:
+    """What a request gets where its line does not say (the OpenAI API's defaults).
+
+    seed: mixed with each request's id into that request's own seed.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class DeviceConfig:
+    """platform: auto (a GPU where there is one), cpu or gpu."""
+
+    platform: str = "auto"
+
+
+@dataclass
+class CompileConfig:
+    """cache_dir: folder that keeps compiled programs between runs; empty for none.
+
+    layers_per_program: decoder layers compiled into one program; None picks a divisor of the layer
+        count, so that a deep model compiles a few layers once and runs them several times.
+    """
+
+    cache_dir: str = "~/.cache/apex_jax/xla"
+    layers_per_program: int | None = None
+
+
+@dataclass
+class Config:
+    """Everything a job can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+
+
+def _require(ok: bool, flag: str, value: object, right: str) -> None:
+    if not ok:
+        raise ConfigError(f"--config.{flag} is {value!r}; it must be {right}")
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError at the first setting out of its range."""
+    model, cache, scheduler = config.model, config.cache, config.scheduler
+    sources = ("checkpoint", "dummy")
+    _require(model.weights in sources, "model.weights", model.weights, "checkpoint or dummy")
+    _require(model.dtype in DTYPES, "model.dtype", model.dtype, "one of " + ", ".join(DTYPES))
+    if model.weights == "checkpoint":
+        _require(bool(model.path), "model.path", model.path, "a model folder (or set weights=dummy)")
+    elif not model.path:
+        _require(
+            model.architecture is not None,
+            "model.path",
+            model.path,
+            "a model folder, whose config.json gives the shape of the dummy weights",
+        )
+    device_bytes, fraction, page_size = cache.device_bytes, cache.device_fraction, cache.page_size
+    _require(
+        device_bytes is None or device_bytes > 0, "cache.device_bytes", device_bytes, "positive"
+    )
+    _require(0 < fraction <= 1, "cache.device_fraction", fraction, "above 0 and at most 1")
+    _require(
+        page_size in (8, 16, 32, 64, 128), "cache.page_size", page_size, "8, 16, 32, 64 or 128"
+    )
+    _require(
+        scheduler.strategy in STRATEGIES,
+        "scheduler.strategy",
+        scheduler.strategy,
+        "one of " + ", ".join(STRATEGIES),
+    )
+    requests, prefill = scheduler.max_requests, scheduler.max_prefill_tokens
+    _require(1 <= requests <= 4096, "scheduler.max_requests", requests, "1 to 4096")
+    _require(
+        prefill >= 16 and prefill & (prefill - 1) == 0,
+        "scheduler.max_prefill_tokens",
+        prefill,
+        "a power of two, at least 16",
+    )
+    limit = scheduler.max_model_len
+    _require(limit is None or limit > 1, "scheduler.max_model_len", limit, "at least 2")
+    platform = config.device.platform
+    _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
+    span = config.compile.layers_per_program
+    _require(span is None or span > 0, "compile.layers_per_program", span, "positive")

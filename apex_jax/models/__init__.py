@@ -1,0 +1,1 @@
+"""Model families: Flax NNX modules, their config.json readers and their weights."""
