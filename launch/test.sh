@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Checks everything CI checks, and stops at the first failure, so that it is the last thing on the screen.
+# Arguments go to pytest: `bash launch/test.sh -k pages -x`, `bash launch/test.sh -m slow`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/setup_env.sh
+source launch/setup_env.sh
+
+check() {
+    say "$1"
+    shift
+    "$@" || die "failed: $*"
+}
+
+set_up_env dev
+main_python=$env_python
+bin=${main_python%/python}
+
+# The versions of JAX differ between Python 3.11 (0.10) and 3.12 (0.11): the tests pass on both.
+if python_is "$main_python" 3.12; then other=3.11; else other=3.12; fi
+if other_python=$(find_python "$other"); then
+    make_env ".venv-$other" "$other_python" test
+else
+    other_python=""
+fi
+second_python=$env_python
+
+check "format" "$bin/ruff" format --check --quiet .
+check "lint" "$bin/ruff" check --quiet .
+check "types" "$bin/basedpyright" --pythonpath "$main_python"
+check "import contracts" "$bin/lint-imports" --no-cache
+
+run_tests() {
+    say "tests on $("$1" -c 'import platform, jax; print("Python", platform.python_version(), "with jax", jax.__version__)')"
+    "$@"
+}
+
+# No line after pytest's own: it is the last one of a run that passed.
+if [[ -n $other_python ]]; then
+    run_tests "$second_python" -m pytest --hypothesis-profile=ci "$@"
+else
+    say "tests on Python $other skipped: there is no Python $other on this machine"
+fi
+run_tests "$main_python" -m pytest --hypothesis-profile=ci "$@"
