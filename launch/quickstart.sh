@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# From a fresh clone to completions: makes the environment (once), then runs a batch job of real prompts
+# on the model that comes with the project. Arguments go to launch/generate.py, as in
+# `bash launch/quickstart.sh --config.sampling.temperature=0`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/setup_env.sh
+source launch/setup_env.sh
+
+input=configs/demo_requests.jsonl
+output=runs/quickstart.jsonl
+metrics=runs/quickstart_metrics.json
+
+set_up_env ""
+
+# A job that finds its output complete has nothing to do, and this one is to be seen working.
+mkdir -p runs
+rm -f "$output" "$metrics"
+say "python -m launch.generate --config=configs/demo.py --input=$input --output=$output --metrics=$metrics $*"
+"$env_python" -m launch.generate --config=configs/demo.py --input="$input" --output="$output" --metrics="$metrics" "$@"
+
+say "the first three of $output"
+"$env_python" - "$input" "$output" <<'PY'
+import json
+import sys
+
+requests, results = ([json.loads(line) for line in open(path)] for path in sys.argv[1:])
+found = {result["custom_id"]: result["response"] for result in results}
+for request in requests[:3]:
+    prompt = request.get("body", request)["prompt"]
+    response = found[request["custom_id"]]
+    text = response["body"]["choices"][0]["text"] if response else "(failed)"
+    print(f"\n[{request['custom_id']}] {prompt}>>>{text}")
+PY
