@@ -100,7 +100,7 @@ detect_accelerator() {
 
 # Make or reuse the environment in folder $1 with interpreter $2 and extra $3.
 make_env() {
-    local venv=$1 python=$2 extra=$3 accelerator reason wanted log started
+    local venv=$1 python=$2 extra=$3 accelerator reason wanted log started megabytes
     [[ $venv == /* ]] || venv=$PWD/$venv
     env_python=$venv/bin/python
     detect_accelerator
@@ -120,14 +120,14 @@ make_env() {
         "$python" -m venv --clear "$venv" || die "$python could not make $venv"
     fi
     log=$venv/pip.log started=$SECONDS
-    if [[ -n $accelerator ]]; then
-        say "installing packages (about 3 GB to download the first time; log: $log)"
-    else
-        say "installing packages (about 300 MB to download the first time; log: $log)"
-    fi
+    # Measured on Linux x86-64.
+    megabytes=200
+    if [[ -n $extra ]]; then ((megabytes += 100)); fi
+    if [[ -n $accelerator ]]; then ((megabytes += 2500)); fi
+    say "installing packages (up to $megabytes MB to download the first time; log: $log)"
     if ! "$env_python" -m pip install --disable-pip-version-check --editable ".${extra:+[$extra]}" \
         ${accelerator:+"jax[$accelerator]"} >"$log" 2>&1; then
-        grep -i '^error' "$log" | tail -n 3 >&2
+        grep '^ *ERROR: ' "$log" | tail -n 3 >&2
         die "pip could not install the packages; is there a network (or a proxy to name in HTTPS_PROXY)? All it said: $log"
     fi
     say "installed in $((SECONDS - started)) s: $("$env_python" -m pip list --disable-pip-version-check --format freeze |
