@@ -1,0 +1,104 @@
+"""What makes two runs the same job: the model, the defaults, the tokenizer.
+
+Owns the sidecar OUTPUT.job.json, which keeps that in plain text beside the output, so that a job
+that may not resume can say what differs. Where the sidecar is lost, the hash in each line decides.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from apex_jax.batch.fields import is_object
+from apex_jax.batch.journal import OutputError
+from apex_jax.batch.lines import canonical_json
+from apex_jax.batch.protocol import BatchModel
+from apex_jax.config import Config
+from apex_jax.text import Tokenizer
+
+FORMAT = 1  # of output lines; another one does not resume
+
+Identity = Mapping[str, Any]
+
+
+def known_before_loading(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return the part of the identity that needs no model: a mismatch in it costs no loading."""
+    return {
+        "format": FORMAT,
+        "defaults": asdict(config.sampling),
+        "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
+    }
+
+
+def identify(config: Config, tokenizer: Tokenizer | None, model: BatchModel) -> dict[str, Any]:
+    """Return the whole identity. The model's name is not in it: a moved folder is the same job."""
+    return {
+        **known_before_loading(config, tokenizer),
+        "model": {"fingerprint": model.fingerprint, "dtype": model.dtype},
+    }
+
+
+def hash_identity(identity: Identity) -> str:
+    """Return the hex sha256 that every output line carries as job_sha256."""
+    return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def differences(old: Identity, new: Identity) -> list[str]:
+    """Name what `new` has otherwise than `old`, as `model.dtype was "float32", now "float16"`.
+
+    What `new` does not have (not known yet) is no difference.
+    """
+    old_items, new_items = flatten(old), flatten(new)
+    return [
+        f"{name} was {json.dumps(old_items.get(name))}, now {json.dumps(value)}"
+        for name, value in new_items.items()
+        if name not in old_items or old_items[name] != value
+    ]
+
+
+def flatten(item: Identity, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in item.items():
+        if is_object(value):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def sidecar_path(output: Path) -> Path:
+    return output.with_name(output.name + ".job.json")
+
+
+def read_sidecar(output: Path) -> Identity | None:
+    """Return the identity that the output was written under; None where it is lost or corrupt."""
+    try:
+        item = json.loads(sidecar_path(output).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return item if is_object(item) else None
+
+
+def write_sidecar(output: Path, identity: Identity) -> None:
+    """Write it in one atomic step. Raises OutputError."""
+    path = sidecar_path(output)
+    write_json(path, identity)
+
+
+def write_json(path: Path, item: Mapping[str, Any]) -> None:
+    """Write readable JSON in one atomic step. Raises OutputError naming the file."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="ascii") as file:
+            json.dump(item, file, indent=2, default=str)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error

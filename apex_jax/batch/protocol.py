@@ -1,0 +1,44 @@
+"""What a batch job needs of an engine, and nothing more: tests put a fake one in its place."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from apex_jax.config import Config, LlamaConfig
+from apex_jax.request import Request, RequestOutput
+
+
+class BatchModel(Protocol):
+    """The loaded model, as a job identifies it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def architecture(self) -> LlamaConfig: ...
+
+
+class BatchEngine(Protocol):
+    """Requests in, finished ones out, one sweep at a time.
+
+    num_unfinished: submitted and not yet returned by `step`. num_waiting: those of them that are
+    not yet admitted. `submit` raises RequestError for a request that can never run. `metrics`
+    has JSON values only; `compile_sec` (float) and `peak_bytes` (bytes by tier) are shown in the
+    summary where present.
+    """
+
+    @property
+    def model(self) -> BatchModel: ...
+    @property
+    def num_unfinished(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    def submit(self, request: Request) -> None: ...
+    def step(self) -> list[RequestOutput]: ...
+    def describe(self) -> str: ...
+    def metrics(self) -> dict[str, Any]: ...
+
+
+CreateEngine = Callable[[Config, Callable[[str], None]], BatchEngine]

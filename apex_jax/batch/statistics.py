@@ -1,0 +1,134 @@
+"""What a job did, in numbers: counted while it runs, summed up as text and as JSON.
+
+Latencies are kept one by one (16 bytes a request), so that percentiles are exact.
+"""
+
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+from apex_jax.request import RequestOutput
+
+PERCENTILES = (50, 90, 99)
+
+
+class Statistics:
+    """Counters of one run.
+
+    num_finished: requests with a result. num_failed: error lines. num_skipped: finished by an
+    earlier run. input_bytes: size of the input, None if unknown; skipped_bytes and done_bytes are
+    the parts of it that were finished before and in this run.
+    """
+
+    def __init__(self, input_bytes: int | None) -> None:
+        self.input_bytes = input_bytes
+        self.num_finished = 0
+        self.num_failed = 0
+        self.num_skipped = 0
+        self.num_prompt_tokens = 0
+        self.num_output_tokens = 0
+        self.num_preemptions = 0
+        self.skipped_bytes = 0
+        self.done_bytes = 0
+        self._ttft_sec = array("d")
+        self._tpot_sec = array("d")
+
+    def add_result(self, output: RequestOutput, line_bytes: int) -> None:
+        self.num_finished += 1
+        self.done_bytes += line_bytes
+        self.num_prompt_tokens += len(output.request.prompt_token_ids)
+        self.num_output_tokens += len(output.token_ids)
+        self.num_preemptions += output.num_preemptions
+        self._ttft_sec.append(output.ttft_sec)
+        if output.tpot_sec is not None:
+            self._tpot_sec.append(output.tpot_sec)
+
+    def add_failure(self, line_bytes: int) -> None:
+        self.num_failed += 1
+        self.done_bytes += line_bytes
+
+    def add_skipped(self, line_bytes: int) -> None:
+        self.num_skipped += 1
+        self.skipped_bytes += line_bytes
+
+    @property
+    def num_done(self) -> int:
+        """Lines answered in this run."""
+        return self.num_finished + self.num_failed
+
+    @property
+    def fraction_done(self) -> float | None:
+        """Share of this run's work that is done, by bytes of input; None while unknown."""
+        if self.input_bytes is None:
+            return None
+        work = self.input_bytes - self.skipped_bytes
+        return min(1.0, self.done_bytes / work) if work > 0 else 1.0
+
+    def to_json(self, wall_sec: float) -> dict[str, Any]:
+        """Return everything as JSON values. wall_sec: from the first request to the last result."""
+        per_sec = 1 / wall_sec if wall_sec > 0 else 0.0
+        return {
+            "requests": {
+                "finished": self.num_finished,
+                "failed": self.num_failed,
+                "finished_before": self.num_skipped,
+            },
+            "prompt_tokens": self.num_prompt_tokens,
+            "output_tokens": self.num_output_tokens,
+            "preemptions": self.num_preemptions,
+            "wall_sec": wall_sec,
+            "requests_per_sec": self.num_finished * per_sec,
+            "prompt_tokens_per_sec": self.num_prompt_tokens * per_sec,
+            "output_tokens_per_sec": self.num_output_tokens * per_sec,
+            "ttft_sec": summarize(self._ttft_sec),
+            "tpot_sec": summarize(self._tpot_sec),
+        }
+
+
+def summarize(values: "array[float]") -> dict[str, float] | None:
+    """Return mean, percentiles (the smallest value that so many percent do not exceed) and max."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    count = len(ordered)
+    ranks = {f"p{p}": ordered[max(0, -(-count * p // 100) - 1)] for p in PERCENTILES}
+    return {"mean": sum(ordered) / count, **ranks, "max": ordered[-1]}
+
+
+def format_summary(metrics: Mapping[str, Any]) -> str:
+    """Return the summary of a job, several lines, from what --metrics holds as JSON."""
+    requests = metrics["requests"]
+    lines = [
+        f"requests    {requests['finished']} finished, {requests['failed']} failed, "
+        f"{requests['finished_before']} finished before",
+        f"time        {metrics['wall_sec']:.2f} s of work, {metrics['startup_sec']:.2f} s to start"
+        + (f", {metrics['compile_sec']:.2f} s of it compiling" if metrics["compile_sec"] else ""),
+        f"throughput  {metrics['requests_per_sec']:.2f} requests/s, "
+        f"{metrics['prompt_tokens_per_sec']:.1f} prompt tokens/s, "
+        f"{metrics['output_tokens_per_sec']:.1f} output tokens/s",
+    ]
+    for name, title in (("ttft_sec", "TTFT"), ("tpot_sec", "TPOT")):
+        times = metrics[name]
+        if times is not None:
+            shown = ", ".join(f"p{p} {1e3 * times[f'p{p}']:.1f}" for p in PERCENTILES)
+            lines.append(f"{title}        {shown} ms, mean {1e3 * times['mean']:.1f} ms")
+    peaks = metrics["peak_bytes"]
+    if peaks:
+        shown = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in peaks.items())
+        lines.append(f"peak memory {shown}")
+    return "\n".join(lines)
+
+
+def format_bytes(size: float) -> str:
+    """Return a size with a binary unit and three digits or so."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
+
+
+def format_duration(seconds: float) -> str:
+    """Return h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
