@@ -13,11 +13,12 @@ metrics=runs/quickstart_metrics.json
 
 set_up_env ""
 
+job=(-m launch.generate --config=configs/demo.py --input="$input" --output="$output" --metrics="$metrics")
 # A job that finds its output complete has nothing to do, and this one is to be seen working.
+job+=(--overwrite "$@")
 mkdir -p runs
-rm -f "$output" "$metrics"
-say "python -m launch.generate --config=configs/demo.py --input=$input --output=$output --metrics=$metrics $*"
-"$env_python" -m launch.generate --config=configs/demo.py --input="$input" --output="$output" --metrics="$metrics" "$@"
+say "python ${job[*]}"
+"$env_python" "${job[@]}"
 
 say "the first three of $output"
 "$env_python" - "$input" "$output" <<'PY'
@@ -30,5 +31,5 @@ for request in requests[:3]:
     prompt = request.get("body", request)["prompt"]
     response = found[request["custom_id"]]
     text = response["body"]["choices"][0]["text"] if response else "(failed)"
-    print(f"\n[{request['custom_id']}] {prompt}>>>{text}")
+    print(f"[{request['custom_id']}] {prompt}{text}\n")
 PY

@@ -5,6 +5,7 @@ Imports no apex_jax at the top: the jaxtyping hook must be there before the pack
 
 import os
 import re
+import tempfile
 
 import hypothesis
 import jax
@@ -44,6 +45,10 @@ def _selects(config: pytest.Config, marker: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A home for this session: the compile cache of its engines lies there, shared and thrown away.
+    home = tempfile.TemporaryDirectory(prefix="apex_jax_home_", ignore_cleanup_errors=True)
+    config.add_cleanup(home.cleanup)
+    os.environ["HOME"] = home.name
     for name in FOREIGN_VARIABLES:
         os.environ.pop(name, None)
     settings = dict(STRICT_SETTINGS)

@@ -4,6 +4,7 @@ import ast
 import os
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -64,6 +65,15 @@ def test_requirements_are_the_dependencies_of_the_package():
     requirements = [line for line in lines if line and not line.startswith("#")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert requirements == project["dependencies"]
+
+
+def test_every_module_has_its_layer():
+    """A module that the import contract does not name may import anything, unnoticed."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = re.findall(r"apex_jax\.\w+", " ".join(settings["contracts"][0]["layers"]))
+    parts = [name for name in package_modules() if name.count(".") == 1]
+    assert set(parts) <= set(layers)
+    assert len(layers) == len(set(layers))
 
 
 @pytest.mark.parametrize("path", sources("apex_jax"), ids=lambda path: path.name)
