@@ -28,7 +28,7 @@ second_python=$env_python
 check "format" "$bin/ruff" format --check --quiet .
 check "lint" "$bin/ruff" check --quiet .
 check "types" "$bin/basedpyright" --pythonpath "$main_python"
-check "import contracts" "$bin/lint-imports" --no-cache
+check "import contracts" "$bin/lint-imports" --no-cache --no-logo
 
 run_tests() {
     say "tests on $("$1" -c 'import platform, jax; print("Python", platform.python_version(), "with jax", jax.__version__)')"

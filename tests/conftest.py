@@ -34,7 +34,7 @@ SKIPPED_UNLESS_SELECTED = {
 # Compiling takes longer than hypothesis allows an example by default. `ci` draws the same examples
 # every time, so that a change is what makes it fail; a bare run explores.
 hypothesis.settings.register_profile("dev", deadline=None)
-hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dev")
 
 
