@@ -5,6 +5,7 @@ an existing output changes before the job is known to be the same, and what is w
 """
 
 import contextlib
+import io
 import os
 import signal
 import stat
@@ -12,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any
 
 from apex_jax.batch.id_index import IdIndex
 from apex_jax.batch.identity import (
@@ -26,7 +27,7 @@ from apex_jax.batch.interruption import Interrupted, Interruption
 from apex_jax.batch.journal import Journal, OutputError
 from apex_jax.batch.lines import read_lines
 from apex_jax.batch.loop import JobLoop
-from apex_jax.batch.progress import Progress
+from apex_jax.batch.progress import Progress, TextStream
 from apex_jax.batch.protocol import BatchEngine, CreateEngine
 from apex_jax.batch.resume import (
     JobRefusedError,
@@ -64,7 +65,7 @@ class JobOptions:
 
 
 def run_job(
-    config: Config, options: JobOptions, create_engine: CreateEngine, stream: TextIO
+    config: Config, options: JobOptions, create_engine: CreateEngine, stream: TextStream
 ) -> int:
     """Run a batch job and return its exit status; everything for people goes to `stream`."""
     progress = Progress(stream)
@@ -190,7 +191,9 @@ class _Job:
         if journal.is_regular:
             write_sidecar(journal.path, identity)
 
-    def _describe(self, engine: BatchEngine, tokenizer: Tokenizer | None, source: BinaryIO) -> str:
+    def _describe(
+        self, engine: BatchEngine, tokenizer: Tokenizer | None, source: io.BufferedReader
+    ) -> str:
         """Say what the job adds to the engine's plan."""
         options, vocab_size = self._options, engine.model.architecture.vocab_size
         size = _size(source)
@@ -255,14 +258,14 @@ class _Job:
             write_json(self._options.metrics, metrics)
 
 
-def _open_input(path: Path) -> BinaryIO:
+def _open_input(path: Path) -> io.BufferedReader:
     try:
         return open(path, "rb")
     except OSError as error:
         raise JobRefusedError(f"cannot read --input={path}: {error.strerror}") from error
 
 
-def _size(file: BinaryIO) -> int | None:
+def _size(file: io.BufferedReader) -> int | None:
     """Return the bytes of a regular file, None for a pipe."""
     status = os.fstat(file.fileno())
     return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -6,12 +6,12 @@ writing; fsync every few seconds bounds what a power failure costs.
 """
 
 import fcntl
+import io
 import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from apex_jax.batch.results import LINE_START, FinishedLine, NotAResultError, decode_line
 
@@ -189,11 +189,15 @@ def lock(descriptor: int) -> None:
 
 def _is_torn(data: bytes) -> bool:
     """True if a cut write, or blocks of zeros that a power failure left, explain a last line."""
-    start = data[: len(LINE_START)].rstrip(b"\0")
-    return LINE_START.startswith(start) and (not data.endswith(b"\n") or b"\0" in data)
+    start = data.split(b"\0", 1)[0]
+    return LINE_START.startswith(start[: len(LINE_START)]) and (
+        not data.endswith(b"\n") or b"\0" in data
+    )
 
 
-def _copy(source: BinaryIO, target: BinaryIO, spans: Iterable[tuple[int, int]]) -> int:
+def _copy(
+    source: io.BufferedIOBase, target: io.BufferedIOBase, spans: Iterable[tuple[int, int]]
+) -> int:
     """Copy parts of one file to another; return the bytes written."""
     total_bytes = 0
     for offset, num_bytes in spans:

@@ -5,10 +5,11 @@ way into a request, and the request's hash. Nothing in a line raises out of `par
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from apex_jax.batch.fields import (
     BODY_FIELDS,
@@ -71,7 +72,7 @@ class BadLine:
     sha256: str
 
 
-def read_lines(file: BinaryIO, max_bytes: int = MAX_LINE_BYTES) -> Iterator[RawLine]:
+def read_lines(file: io.BufferedIOBase, max_bytes: int = MAX_LINE_BYTES) -> Iterator[RawLine]:
     """Yield the lines that are not blank, holding at most `max_bytes` of one at a time."""
     number = 0
     while piece := file.readline(max_bytes + 1):

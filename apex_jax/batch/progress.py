@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import TextIO
+from typing import Protocol, runtime_checkable
 
 from apex_jax.batch.statistics import Statistics, format_duration
 
@@ -11,10 +11,20 @@ LOG_INTERVAL_SEC = 10.0
 _CLEAR_LINE = "\r\x1b[K"
 
 
+@runtime_checkable
+class TextStream(Protocol):
+    """What is needed of sys.stderr."""
+
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+    def isatty(self) -> bool: ...
+    def fileno(self) -> int: ...
+
+
 class Progress:
     """Writes messages and progress to `stream`, which is never closed."""
 
-    def __init__(self, stream: TextIO, log_interval_sec: float = LOG_INTERVAL_SEC) -> None:
+    def __init__(self, stream: TextStream, log_interval_sec: float = LOG_INTERVAL_SEC) -> None:
         self._stream = stream
         self._is_terminal = stream.isatty()
         self._interval_sec = REDRAW_INTERVAL_SEC if self._is_terminal else log_interval_sec

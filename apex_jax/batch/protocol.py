@@ -1,12 +1,13 @@
 """What a batch job needs of an engine, and nothing more: tests put a fake one in its place."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from apex_jax.config import Config, LlamaConfig
 from apex_jax.request import Request, RequestOutput
 
 
+@runtime_checkable
 class BatchModel(Protocol):
     """The loaded model, as a job identifies it."""
 
@@ -20,6 +21,7 @@ class BatchModel(Protocol):
     def architecture(self) -> LlamaConfig: ...
 
 
+@runtime_checkable
 class BatchEngine(Protocol):
     """Requests in, finished ones out, one sweep at a time.
 

@@ -129,7 +129,7 @@ def _encode(
 def decode_line(data: bytes, offset: int) -> FinishedLine:
     """Read an output line back. Raises NotAResultError for one that this program did not write."""
     try:
-        item = json.loads(data)
+        item = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as problem:
         raise NotAResultError("not JSON", is_json=False) from problem
     try:

@@ -1,0 +1,272 @@
+"""Input lines: both formats, every refusal by name, and nothing in a line that raises."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apex_jax.batch import lines as batch_lines
+from apex_jax.batch.fields import BODY_FIELDS, NEUTRAL_VALUES, SAMPLING_FIELDS
+from apex_jax.batch.lines import BadLine, BatchRequest, derive_seed, parse_line, read_lines
+from apex_jax.config import SamplingDefaults
+from apex_jax.request import SamplingParams
+
+DEFAULTS = SamplingDefaults()
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def parse(item, defaults=DEFAULTS):
+    data = item if isinstance(item, bytes) else json.dumps(item).encode()
+    (raw,) = read_lines(io.BytesIO(data))
+    return parse_line(raw, defaults)
+
+
+def refusal(item) -> str:
+    entry = parse(item)
+    assert isinstance(entry, BadLine), entry
+    assert len(entry.message) < 600
+    return entry.message
+
+
+def plain(**fields) -> dict:
+    return {"custom_id": "a", "prompt": "hi", **fields}
+
+
+def openai(**body) -> dict:
+    body = {"model": "m", "prompt": "hi", **body}
+    return {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def test_both_formats_say_the_same():
+    fields = {
+        "max_tokens": 3,
+        "temperature": 0,
+        "top_k": 5,
+        "top_p": 0.5,
+        "seed": 9,
+        "stop_token_ids": [1, 2],
+        "ignore_eos": True,
+    }
+    one, two = parse(plain(**fields)), parse(openai(**fields))
+    assert one == two
+    assert isinstance(one, BatchRequest)
+    assert one.sampling == SamplingParams(3, 0.0, 5, 0.5, 9, (1, 2), True)
+    assert set(fields) == set(SAMPLING_FIELDS)
+
+
+def test_defaults_and_nulls():
+    defaults = SamplingDefaults(max_tokens=7, temperature=0.25, top_k=3, top_p=0.5, seed=1)
+    one = parse(plain(), defaults)
+    nulls = plain(**{name: None for name in (*SAMPLING_FIELDS, *NEUTRAL_VALUES)})
+    assert parse(nulls, defaults) == one
+    seed = derive_seed(1, "a")
+    assert one.sampling == SamplingParams(7, 0.25, 3, 0.5, seed)
+
+
+def test_seeds_differ_between_requests_and_jobs_only():
+    assert derive_seed(0, "a") == derive_seed(0, "a") == 8342909361095637454
+    assert len({derive_seed(job, name) for job in (0, 1) for name in "abc"}) == 6
+
+
+def test_hash_covers_the_resolved_request():
+    base = parse(plain())
+    assert parse(plain(max_tokens=16, temperature=1)).sha256 == base.sha256
+    assert parse(openai()).sha256 == base.sha256
+    assert parse(plain(user="someone", metadata={"a": 1})).sha256 == base.sha256
+    others = [
+        parse(item).sha256
+        for item in (
+            plain(prompt="ho"),
+            plain(max_tokens=17),
+            plain(ignore_eos=True),
+            plain(seed=1),
+            plain(custom_id="b"),
+            {"custom_id": "a", "prompt": [1, 2]},
+        )
+    ]
+    assert len({base.sha256, *others}) == 7
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ({"prompt": "x"}, "x"),
+        ({"prompt": ["x"]}, "x"),
+        ({"prompt": [1, 2]}, (1, 2)),
+        ({"prompt": [[1, 2]]}, (1, 2)),
+        ({"prompt_token_ids": [0]}, (0,)),
+    ],
+)
+def test_prompt_forms(prompt, expected):
+    assert parse({"custom_id": "a", **prompt}).prompt == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": ""}, "prompt is empty"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [""]}, "prompt is empty"),
+        ({"prompt": [[]]}, "prompt is empty"),
+        ({"prompt": 3}, "prompt is 3; it must be a string or an array of token ids"),
+        ({"prompt": ["a", "b"]}, "prompt is an array of 2 prompts; this version takes one a line"),
+        ({"prompt": [1, "a"]}, "prompt[1] is 'a'; it must be an integer"),
+        ({"prompt": [1, True]}, "prompt[1] is true; it must be an integer"),
+        ({"prompt": [-1]}, "prompt[0] is -1, which is no token id"),
+        ({"prompt": None}, "give prompt or prompt_token_ids; the line has neither"),
+        ({"prompt_token_ids": [1]}, "give prompt or prompt_token_ids; the line has both"),
+        ({"prompt": None, "prompt_token_ids": "x"}, "prompt_token_ids is 'x'; it must be an array"),
+        ({"prompt": None, "prompt_token_ids": [[1]]}, "prompt_token_ids is an array of 1 prompts"),
+        ({"prompt": "a\ud800"}, "prompt has half a surrogate pair at character 1"),
+        ({"custom_id": "\udc00"}, "custom_id has half a surrogate pair at character 0"),
+        ({"custom_id": None}, "custom_id is missing"),
+        ({"custom_id": 3}, "custom_id is 3; it must be a string"),
+        ({"custom_id": ""}, "custom_id is empty"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"max_tokens": 5.0}, "max_tokens is 5.0; it must be an integer"),
+        ({"max_tokens": "5"}, "max_tokens is '5'; it must be an integer"),
+        ({"max_tokens": True}, "max_tokens is true; it must be an integer"),
+        ({"temperature": -1}, "temperature is -1.0; it must be between 0 and 100"),
+        ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ({"temperature": 10**400}, "temperature is a number of 1329 bits; it is out of range"),
+        ({"temperature": False}, "temperature is false; it must be a number"),
+        ({"top_k": -1}, "top_k is -1; it must be at least 0 (0 is off)"),
+        ({"top_p": 0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be a 64-bit integer"),
+        ({"seed": 0.5}, "seed is 0.5; it must be an integer"),
+        ({"stop_token_ids": 3}, "stop_token_ids is 3; it must be an array of token ids"),
+        ({"stop_token_ids": [2**40]}, "stop_token_ids[0] is 1099511627776, which is no token id"),
+        ({"ignore_eos": 1}, "ignore_eos is 1; it must be true or false"),
+        ({"n": 2}, "n is 2, which this version does not do: repeat the line"),
+        ({"n": True}, "n is true, which this version does not do"),
+        ({"best_of": 3}, "best_of is 3, which this version does not do"),
+        ({"stream": True}, "stream is true, which this version does not do"),
+        (
+            {"stop": ["\n"]},
+            "stop is an array of 1, which this version does not do: use stop_token_",
+        ),
+        ({"stop": "x"}, "stop is 'x', which this version does not do"),
+        ({"logprobs": 0}, "logprobs is 0, which this version does not do"),
+        ({"echo": True}, "echo is true"),
+        ({"suffix": "x"}, "suffix is 'x'"),
+        ({"logit_bias": {"1": 2}}, "logit_bias is an object of 1 fields"),
+        ({"presence_penalty": 0.5}, "presence_penalty is 0.5"),
+        ({"frequency_penalty": -1}, "frequency_penalty is -1"),
+        ({"min_p": 0.1}, "min_p is 0.1"),
+        ({"max_tokes": 3}, "unknown field 'max_tokes': did you mean max_tokens?"),
+        ({"temprature": 3}, "unknown field 'temprature': did you mean temperature?"),
+        ({"messages": []}, "unknown field 'messages': /v1/chat/completions is not served"),
+        ({"max_completion_tokens": 3}, "/v1/completions calls it max_tokens"),
+        ({"zzzz": 3}, "unknown field 'zzzz': known are "),
+    ],
+)
+def test_refused_by_name(fields, message):
+    assert message in refusal(plain(**fields))
+    if "custom_id" not in fields:
+        assert message in refusal(openai(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"url": "/v1/chat/completions"}, "url is '/v1/chat/completions'; this version serves"),
+        ({"url": 3}, "url is 3; this version serves /v1/completions"),
+        ({"method": "GET"}, "method is 'GET'; it must be POST"),
+        ({"body": None}, "body is null; it must be an object"),
+        ({"body": [1]}, "body is an array of 1; it must be an object"),
+        ({"boddy": {}}, "the line has an unknown field 'boddy': did you mean body?"),
+        ({"max_tokens": 3}, "the line has an unknown field 'max_tokens'"),
+    ],
+)
+def test_openai_envelope(fields, message):
+    assert message in refusal({**openai(), **fields})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"{", "not JSON: Expecting property name"),
+        (b"hello", "not JSON: Expecting value at character 0"),
+        (b'{"a": 1} x', "not JSON: Extra data at character 9"),
+        (b"[1]", "the line is an array of 1; it must be an object"),
+        (b"null", "the line is null; it must be an object"),
+        (b"\xff\xfe", "not UTF-8: invalid start byte at byte 0"),
+        (b'{"custom_id": "a", "custom_id": "b"}', "the field 'custom_id' stands twice"),
+        (b'{"temperature": NaN}', "NaN is no JSON number"),
+        (b'{"temperature": -Infinity}', "-Infinity is no JSON number"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON that can be read: Exceeds the limit"),
+        (b'{"custom_id": "a", "prompt": "x", "temperature": 1e999}', "temperature is inf"),
+    ],
+)
+def test_what_is_no_request_at_all(data, message):
+    assert message in refusal(data)
+
+
+def test_bad_line_keeps_its_id_where_it_has_one():
+    assert parse(plain(n=2)).custom_id == "a"
+    assert parse({"prompt": "x"}).custom_id is None
+
+
+def test_byte_order_mark_and_line_ends():
+    text = "\ufeff" + json.dumps(plain()) + "\r\n\r\n  \n" + json.dumps(plain(custom_id="b"))
+    first, second = read_lines(io.BytesIO(text.encode()))
+    assert isinstance(parse_line(first, DEFAULTS), BatchRequest)
+    assert (first.number, second.number) == (1, 4)
+    assert first.num_bytes + second.num_bytes + 5 == len(text.encode())
+
+
+def test_long_lines_are_not_held(monkeypatch):
+    class Watched(io.BytesIO):
+        most = 0
+
+        def readline(self, size=-1):
+            assert 0 < size <= 101
+            return super().readline(size)
+
+    long, short = b"x" * 1000, b"y" * 100
+    data = long + b"\n" + short + b"\n" + long
+    lines = list(read_lines(Watched(data), max_bytes=100))
+    assert [line.data for line in lines] == [None, short, None]
+    assert [line.num_bytes for line in lines] == [1001, 101, 1000]
+    assert lines[0].sha256 == lines[2].sha256 != lines[1].sha256
+    entry = parse_line(lines[0], DEFAULTS)
+    assert entry.code == "line_too_long"
+    assert entry.message == "the line is 1001 bytes long; at most 16777216 are read"
+
+
+def test_long_lines_differ_by_their_end():
+    data = b"x" * 1000 + b"1\n" + b"x" * 1000 + b"2\n"
+    one, two = read_lines(io.BytesIO(data), max_bytes=100)
+    assert one.sha256 != two.sha256
+
+
+def test_every_sampling_parameter_has_a_reader():
+    for field in dataclasses.fields(SamplingParams):
+        assert field.name in BODY_FIELDS
+        refusal(plain(**{field.name: {}}))
+
+
+@given(JSON)
+def test_any_json_yields_a_request_or_an_error(value):
+    assert isinstance(parse(value), BadLine)
+
+
+@given(st.dictionaries(st.sampled_from(["custom_id", "url", "method", "body", *BODY_FIELDS]), JSON))
+def test_any_values_of_known_fields(item):
+    for one in (item, plain(**item), {"custom_id": "a", "body": item}):
+        entry = parse(one)
+        assert isinstance(entry, BatchRequest) or entry.message
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes(data):
+    for raw in read_lines(io.BytesIO(data), max_bytes=20):
+        assert isinstance(batch_lines.parse_line(raw, DEFAULTS), BadLine)
