@@ -64,6 +64,7 @@ class ModelConfig:
     weights: "checkpoint", or "dummy" for random weights of the right shape (benchmarks).
     dtype: of weights, activations and KV cache. "auto" is the checkpoint's on a GPU that computes in
         it (float16 for bfloat16 where it does not), float32 on a CPU.
+    precision: of float32 matrix products: "default" lets a GPU round them to TF32, "highest" does not.
     architecture: the expected shape; None reads it from the folder. Where both exist they must agree.
     seed: of dummy weights.
     """
@@ -71,6 +72,7 @@ class ModelConfig:
     path: str | None = None
     weights: str = "checkpoint"
     dtype: str = "auto"
+    precision: str = "default"
     architecture: LlamaConfig | None = None
     seed: int = 0
 
@@ -161,6 +163,10 @@ def validate(config: Config) -> None:
     model, cache, scheduler = config.model, config.cache, config.scheduler
     sources = ("checkpoint", "dummy")
     _require(model.weights in sources, "model.weights", model.weights, "checkpoint or dummy")
+    precisions = ("default", "highest")
+    _require(
+        model.precision in precisions, "model.precision", model.precision, "default or highest"
+    )
     _require(model.dtype in DTYPES, "model.dtype", model.dtype, "one of " + ", ".join(DTYPES))
     if model.weights == "checkpoint":
         _require(bool(model.path), "model.path", model.path, "a model folder (or set weights=dummy)")

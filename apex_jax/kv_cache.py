@@ -1,0 +1,42 @@
+"""Storage of the device's KV pages.
+
+Owns the arrays: one pair of pools per layer, so that a program over a few layers takes just theirs,
+donated and updated in place. Accounting of pages is elsewhere (pages.py).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from apex_jax.config import LlamaConfig
+
+
+class LayerPages(NamedTuple):
+    """Keys and values of one layer."""
+
+    k_pkzh: Float[Array, "p k z h"]
+    v_pkzh: Float[Array, "p k z h"]
+
+
+def abstract_layer_pages(
+    model: LlamaConfig, num_pages: int, page_size: int, dtype: jnp.dtype
+) -> LayerPages:
+    """Return the shapes of one layer's pools."""
+    shape = (num_pages, model.num_kv_heads, page_size, model.head_dim)
+    return LayerPages(jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape, dtype))
+
+
+def allocate(
+    model: LlamaConfig, num_pages: int, page_size: int, dtype: jnp.dtype, device: jax.Device
+) -> list[LayerPages]:
+    """Return zeroed pools for every layer (zeroed, because fresh memory may hold NaN)."""
+    abstract = abstract_layer_pages(model, num_pages, page_size, dtype)
+    zeros = lambda like: jnp.zeros(like.shape, like.dtype, device=device)  # noqa: E731
+    return [jax.tree.map(zeros, abstract) for _ in range(model.num_layers)]
+
+
+def page_bytes(model: LlamaConfig, page_size: int, dtype: jnp.dtype) -> int:
+    """Bytes of one page over all layers, keys and values."""
+    return page_size * model.kv_bytes_per_token(jnp.dtype(dtype).itemsize)

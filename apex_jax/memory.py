@@ -1,0 +1,152 @@
+"""How many KV pages the device gets.
+
+Owns the arithmetic from bytes to pages and the reading of free memory. Refuses budgets that cannot
+hold the weights or a single page, naming the flag. Called by the engine before anything is loaded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from apex_jax.config import Config, ConfigError, LlamaConfig
+from apex_jax.kv_cache import page_bytes
+from apex_jax.pages import num_pages_for
+
+GIB = 2**30
+_SIGNIFICANT_BITS = 4  # of an automatic page count: compiled programs depend on it, free memory wavers
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device, and the limits that follow from them.
+
+    scratch_bytes: the estimate of what programs need beside weights and pages. free_bytes: what the
+    device had before anything was loaded, None where nothing says.
+    """
+
+    weight_bytes: int
+    page_bytes: int
+    num_pages: int
+    page_size: int
+    scratch_bytes: int
+    free_bytes: int | None
+    max_model_len: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
+
+    @property
+    def pool_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+
+def plan_memory(
+    config: Config, model: LlamaConfig, dtype: jnp.dtype, device: jax.Device
+) -> MemoryPlan:
+    """Divide the device's memory; ConfigError where the settings cannot be honoured."""
+    itemsize = jnp.dtype(dtype).itemsize
+    weight_bytes = model.num_parameters * itemsize
+    bytes_of_page = page_bytes(model, config.cache.page_size, dtype)
+    scratch_bytes = _scratch_bytes(config, model, itemsize)
+    free_bytes = free_device_bytes(device)
+    if free_bytes is not None and weight_bytes > free_bytes:
+        raise ConfigError(
+            f"the weights take {weight_bytes / GIB:.2f} GiB in {jnp.dtype(dtype).name}, and "
+            f"{free_bytes / GIB:.2f} GiB are free on {device.device_kind}; use a smaller model, "
+            "or --config.model.dtype=float16 where it is wider now"
+        )
+    max_len = config.scheduler.max_model_len or model.max_position_embeddings
+    most_pages = config.scheduler.max_requests * num_pages_for(max_len, config.cache.page_size)
+    if config.cache.device_bytes is not None:
+        num_pages = min(config.cache.device_bytes // bytes_of_page, most_pages)
+        _check_device_bytes(config.cache.device_bytes, bytes_of_page, free_bytes, weight_bytes)
+    else:
+        assert free_bytes is not None, f"{device.device_kind} does not tell its free memory"
+        left_bytes = free_bytes * config.cache.device_fraction - weight_bytes - scratch_bytes
+        # A decode program gathers up to one layer's pages, keys and values, beside the pool.
+        num_pages = int(left_bytes / (bytes_of_page * (1 + 1 / model.num_layers)))
+        num_pages = min(_round_down(num_pages), most_pages)
+        if num_pages < 1:
+            raise ConfigError(
+                f"no memory is left for the KV cache: {free_bytes / GIB:.2f} GiB are free, of which "
+                f"--config.cache.device_fraction={config.cache.device_fraction:g} may be used; the "
+                f"weights take {weight_bytes / GIB:.2f} and scratch {scratch_bytes / GIB:.2f} GiB"
+            )
+    pool_tokens = num_pages * config.cache.page_size
+    if config.scheduler.max_model_len is not None and max_len > pool_tokens:
+        raise ConfigError(
+            f"--config.scheduler.max_model_len is {max_len}; the KV cache holds {pool_tokens} tokens "
+            f"in all ({num_pages} pages), so it must be at most that, or the cache larger "
+            "(--config.cache.device_bytes)"
+        )
+    return MemoryPlan(
+        weight_bytes=weight_bytes,
+        page_bytes=bytes_of_page,
+        num_pages=num_pages,
+        page_size=config.cache.page_size,
+        scratch_bytes=scratch_bytes,
+        free_bytes=free_bytes,
+        max_model_len=min(max_len, pool_tokens),
+    )
+
+
+def free_device_bytes(device: jax.Device) -> int | None:
+    """Return the bytes a process may still take on the device; for a CPU, of the host's memory."""
+    if device.platform == "cpu":
+        return free_host_bytes()
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def free_host_bytes() -> int | None:
+    """Return available memory, or what the control group leaves where that is less; None if unknown."""
+    candidates: list[int] = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        candidates.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    for limit_name, used_name in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, used = Path("/sys/fs/cgroup", limit_name), Path("/sys/fs/cgroup", used_name)
+        if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+            candidates.append(int(limit.read_text()) - int(used.read_text()))
+    return min(candidates, default=None)
+
+
+def _scratch_bytes(config: Config, model: LlamaConfig, itemsize: int) -> int:
+    """Estimate what programs hold at their peak beside weights and pages.
+
+    Prefill: a few activations of every token of a chunk. Head: float32 scores and their sorted copy.
+    """
+    widest = model.d_model + 2 * model.d_ffn + 3 * model.num_heads * model.head_dim
+    prefill = config.scheduler.max_prefill_tokens * widest * (itemsize + 4)
+    head = config.scheduler.max_requests * model.vocab_size * 4 * 4
+    return max(prefill, head)
+
+
+def _check_device_bytes(
+    device_bytes: int, bytes_of_page: int, free_bytes: int | None, weight_bytes: int
+) -> None:
+    if device_bytes < bytes_of_page:
+        raise ConfigError(
+            f"--config.cache.device_bytes is {device_bytes}; one page takes {bytes_of_page} bytes, "
+            "so it must be at least that"
+        )
+    if free_bytes is not None and device_bytes > free_bytes - weight_bytes:
+        raise ConfigError(
+            f"--config.cache.device_bytes is {device_bytes}; after the weights "
+            f"{free_bytes - weight_bytes} bytes are free on the device, so it must be at most that"
+        )
+
+
+def _round_down(value: int) -> int:
+    """Keep the leading bits, so that a slightly different free memory gives the same programs."""
+    shift = max(value.bit_length() - _SIGNIFICANT_BITS, 0)
+    return value >> shift << shift

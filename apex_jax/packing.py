@@ -1,0 +1,121 @@
+"""Batches as the device takes them: padded to a bucket and packed into one or two int32 arrays.
+
+Owns the column order, once for the host (numpy, `pack_*`) and once for the programs (`unpack_*`). A transfer
+costs tens of microseconds whatever its size, so each batch travels as few arrays. Padding rows carry
+slots and page ids past the end, which scatters drop.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Int32
+
+from apex_jax.buckets import PAGES_PER_BLOCK
+from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
+from apex_jax.sampling import SamplingRows
+
+
+class DecodeArrays(NamedTuple):
+    """rows_b4: slot, position, page and slot in it of each row's new KV. blocks_ci: row, used tokens, pages."""
+
+    rows_b4: Int32[Array, "b 4"] | Int32[np.ndarray, "b 4"]
+    blocks_ci: Int32[Array, "c i"] | Int32[np.ndarray, "c i"]
+
+
+class PrefillArrays(NamedTuple):
+    """tokens_bt: padded chunks. rows_bi: start, length, then the block table of each row."""
+
+    tokens_bt: Int32[Array, "b t"] | Int32[np.ndarray, "b t"]
+    rows_bi: Int32[Array, "b i"] | Int32[np.ndarray, "b i"]
+
+
+def num_blocks(batch: DecodeBatch, block_tokens: int) -> int:
+    """Return how many KV blocks the rows fill after their new token is appended."""
+    return int((batch.positions_b // block_tokens + 1).sum())
+
+
+def pack_decode(
+    batch: DecodeBatch, *, rows: int, blocks: int, page_size: int
+) -> DecodeArrays:
+    """Pad to `rows` rows and `blocks` blocks."""
+    b, m = batch.block_table_bm.shape
+    block_tokens = page_size * PAGES_PER_BLOCK
+    rows_b4 = np.full((rows, 4), np.iinfo(np.int32).max, np.int32)
+    rows_b4[b:, 1] = 0
+    rows_b4[:b, 0] = batch.slots_b
+    rows_b4[:b, 1] = batch.positions_b
+    rows_b4[:b, 2] = batch.block_table_bm[np.arange(b), batch.positions_b // page_size]
+    rows_b4[:b, 3] = batch.positions_b % page_size
+
+    lengths_b = batch.positions_b + 1
+    blocks_b = -(-lengths_b // block_tokens)
+    row_c = np.repeat(np.arange(b), blocks_b)
+    index_c = np.arange(len(row_c)) - np.repeat(np.cumsum(blocks_b) - blocks_b, blocks_b)
+    used_c = np.minimum(lengths_b[row_c] - index_c * block_tokens, block_tokens)
+    padded_m = -(-m // PAGES_PER_BLOCK) * PAGES_PER_BLOCK
+    table_bm = np.zeros((b, padded_m), np.int32)
+    table_bm[:, :m] = batch.block_table_bm
+    blocks_ci = np.zeros((blocks, 2 + PAGES_PER_BLOCK), np.int32)
+    blocks_ci[:, 0] = rows
+    blocks_ci[: len(row_c), 0] = row_c
+    blocks_ci[: len(row_c), 1] = used_c
+    blocks_ci[: len(row_c), 2:] = table_bm.reshape(b, -1, PAGES_PER_BLOCK)[row_c, index_c]
+    return DecodeArrays(rows_b4, blocks_ci)
+
+
+def pack_prefill(batch: PrefillBatch, *, rows: int, context_pages: int) -> PrefillArrays:
+    """Pad to `rows` rows and a block table of `context_pages` pages."""
+    b, t = batch.token_ids_bt.shape
+    tokens_bt = np.zeros((rows, t), np.int32)
+    tokens_bt[:b] = batch.token_ids_bt
+    rows_bi = np.zeros((rows, 2 + context_pages), np.int32)
+    rows_bi[:b, 0] = batch.starts_b
+    rows_bi[:b, 1] = batch.lengths_b
+    rows_bi[:b, 2 : 2 + batch.block_table_bm.shape[1]] = batch.block_table_bm
+    return PrefillArrays(tokens_bt, rows_bi)
+
+
+def unpack_prefill_targets(
+    arrays: PrefillArrays, num_pages: int, page_size: int
+) -> tuple[Int[Array, "b t"], Int[Array, "b t"], Int[Array, "b t"]]:
+    """Return position, page and slot in it of each token; padding tokens get page num_pages."""
+    tokens_bt, rows_bi = arrays
+    offsets_bt = jnp.broadcast_to(jnp.arange(tokens_bt.shape[1]), tokens_bt.shape)
+    positions_bt = rows_bi[:, :1] + offsets_bt
+    pages_bt = jnp.take_along_axis(rows_bi[:, 2:], positions_bt // page_size, 1, mode="clip")
+    pages_bt = jnp.where(offsets_bt < rows_bi[:, 1:2], pages_bt, num_pages)
+    return positions_bt, pages_bt, positions_bt % page_size
+
+
+def pack_head(batch: HeadBatch, *, rows: int) -> Int32[np.ndarray, "b 8"]:
+    """Spread the sampled rows over all `rows` rows of the hidden states; the others sample nothing."""
+    packed_b8 = np.zeros((rows, 8), np.int32)
+    packed_b8[:, 0] = np.iinfo(np.int32).max
+    columns = (
+        batch.slots_b,
+        batch.positions_b,
+        batch.top_ks_b,
+        np.zeros_like(batch.slots_b),  # sample index: one sample per request in this version
+        batch.temperatures_b.view(np.int32),
+        batch.top_ps_b.view(np.int32),
+        batch.seeds_b2[:, 0].view(np.int32),
+        batch.seeds_b2[:, 1].view(np.int32),
+    )
+    packed_b8[batch.rows_b] = np.stack(columns, axis=1)
+    return packed_b8
+
+
+def unpack_head(packed_b8: Int[Array, "b 8"]) -> tuple[Int[Array, "b"], SamplingRows]:
+    """Return the slots and the sampling parameters of each row."""
+    as_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
+    slots, positions, top_ks, sample_indices, temperatures, top_ps = packed_b8.T[:6]
+    return slots, SamplingRows(
+        temperatures_b=as_float(temperatures),
+        top_ks_b=top_ks,
+        top_ps_b=as_float(top_ps),
+        seeds_b2=jax.lax.bitcast_convert_type(packed_b8[:, 6:], jnp.uint32),
+        sample_indices_b=sample_indices,
+        positions_b=positions,
+    )

@@ -1,0 +1,77 @@
+"""Accounting of KV pages: which ids are free, how often each is used, which sequence has which.
+
+Owns integers only; storage is in kv_cache. Refuses to hand out what it does not have and to take
+back what is not out. Called by the scheduler. Imports no jax.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+
+class OutOfPagesError(RuntimeError):
+    """More pages were asked for than are free."""
+
+
+class PagePool:
+    """Reference-counted page ids 0 .. num_pages - 1."""
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._num_references = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def references(self) -> Counter[int]:
+        """Return the reference count of each page in use."""
+        return Counter({page: count for page, count in enumerate(self._num_references) if count})
+
+    def allocate(self, count: int) -> list[int]:
+        """Return `count` pages with one reference each; all or none."""
+        if count > len(self._free):
+            raise OutOfPagesError(f"{count} pages were asked for, {len(self._free)} are free")
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._num_references[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add a reference to each page, which must be in use."""
+        for page in pages:
+            if self._num_references[page] == 0:
+                raise ValueError(f"page {page} is free and cannot be shared")
+            self._num_references[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drop a reference to each page; one without references is free again."""
+        for page in pages:
+            if self._num_references[page] == 0:
+                raise ValueError(f"page {page} is free already")
+            self._num_references[page] -= 1
+            if self._num_references[page] == 0:
+                self._free.append(page)
+
+
+class BlockTables:
+    """The pages of each slot's sequence, in order."""
+
+    def __init__(self, num_slots: int, max_pages_per_sequence: int, page_size: int):
+        self.page_size = page_size
+        self._table = np.zeros((num_slots, max_pages_per_sequence), np.int32)
+
+    def set(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write `pages` from entry `first` of the slot's row on."""
+        self._table[slot, first : first + len(pages)] = pages
+
+    def rows(self, slots_b: Int32[np.ndarray, "b"], num_tokens: int) -> Int32[np.ndarray, "b m"]:
+        """Return a snapshot of the slots' rows, wide enough for `num_tokens` tokens each."""
+        return self._table[slots_b, : num_pages_for(num_tokens, self.page_size)]
+
+
+def num_pages_for(num_tokens: int, page_size: int) -> int:
+    return -(-num_tokens // page_size)

@@ -1,0 +1,98 @@
+"""One sweep as data: what the scheduler decides and the dispatch loop carries out.
+
+Owns no device array and no policy; everything is numpy snapshots, so that a plan may be kept,
+printed and compared after the scheduler's own state has moved on. Imports no jax.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt32
+
+from apex_jax.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One token for each device-lane row, fed from the device's own `tokens_by_slot`.
+
+    slots_b: where each row's last token lies on the device.
+    positions_b: index of that token in its sequence, which is also its KV length before the sweep.
+    block_table_bm: pages of each sequence in order; entries past the position are unspecified.
+    """
+
+    slots_b: Int32[np.ndarray, "b"]
+    positions_b: Int32[np.ndarray, "b"]
+    block_table_bm: Int32[np.ndarray, "b m"]
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """A chunk of prompt for each row; rows are padded to the chunk length t on the right.
+
+    token_ids_bt: the chunk's tokens. starts_b: index of the chunk's first token in its sequence.
+    lengths_b: tokens of the chunk, 1 to t. block_table_bm: as in DecodeBatch.
+    """
+
+    token_ids_bt: Int32[np.ndarray, "b t"]
+    starts_b: Int32[np.ndarray, "b"]
+    lengths_b: Int32[np.ndarray, "b"]
+    block_table_bm: Int32[np.ndarray, "b m"]
+
+
+@dataclass(frozen=True)
+class HeadBatch:
+    """Rows of a decode or prefill batch whose next token is sampled.
+
+    rows_b: row of that batch. slots_b: where the token goes in `tokens_by_slot`.
+    positions_b: index the sampled token will have; with the seed it fixes the randomness.
+    """
+
+    rows_b: Int32[np.ndarray, "b"]
+    slots_b: Int32[np.ndarray, "b"]
+    positions_b: Int32[np.ndarray, "b"]
+    temperatures_b: Float32[np.ndarray, "b"]
+    top_ks_b: Int32[np.ndarray, "b"]
+    top_ps_b: Float32[np.ndarray, "b"]
+    seeds_b2: UInt32[np.ndarray, "b 2"]
+
+    @property
+    def is_greedy(self) -> bool:
+        return bool((self.temperatures_b == 0).all())
+
+    @staticmethod
+    def of(
+        rows: Sequence[int],
+        slots: Sequence[int],
+        positions: Sequence[int],
+        sampling: Sequence[SamplingParams],
+    ) -> "HeadBatch":
+        seeds = np.array([params.seed % 2**64 for params in sampling], np.uint64)
+        return HeadBatch(
+            rows_b=np.array(rows, np.int32),
+            slots_b=np.array(slots, np.int32),
+            positions_b=np.array(positions, np.int32),
+            temperatures_b=np.array([params.temperature for params in sampling], np.float32),
+            top_ks_b=np.array([params.top_k for params in sampling], np.int32),
+            top_ps_b=np.array([params.top_p for params in sampling], np.float32),
+            seeds_b2=np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1)
+            .astype(np.uint32)
+            .reshape(-1, 2),
+        )
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What one sweep does: prefill chunks, then decode rows, each with its own head."""
+
+    sweep_id: int
+    prefill: PrefillBatch | None
+    prefill_head: HeadBatch | None
+    decode: DecodeBatch | None
+    decode_head: HeadBatch | None
+
+    @property
+    def num_sampled(self) -> int:
+        heads = (self.prefill_head, self.decode_head)
+        return sum(len(head.slots_b) for head in heads if head is not None)
