@@ -208,9 +208,9 @@ def test_no_room_to_rewrite_leaves_the_file(path, monkeypatch):
 
 
 def test_missing_folder_and_unwritable_file(path):
-    with pytest.raises(OutputError, match="cannot write .*: No such file or directory"):
+    with pytest.raises(OutputError, match=r"cannot write .*: No such file or directory"):
         Journal(path / "no" / "out.jsonl")
-    with pytest.raises(OutputError, match="cannot write .*: Is a directory"):
+    with pytest.raises(OutputError, match=r"cannot write .*: Is a directory"):
         Journal(path.parent)
 
 

@@ -64,7 +64,7 @@ def test_both_formats_say_the_same():
 def test_defaults_and_nulls():
     defaults = SamplingDefaults(max_tokens=7, temperature=0.25, top_k=3, top_p=0.5, seed=1)
     one = parse(plain(), defaults)
-    nulls = plain(**{name: None for name in (*SAMPLING_FIELDS, *NEUTRAL_VALUES)})
+    nulls = plain(**dict.fromkeys((*SAMPLING_FIELDS, *NEUTRAL_VALUES)))
     assert parse(nulls, defaults) == one
     seed = derive_seed(1, "a")
     assert one.sampling == SamplingParams(7, 0.25, 3, 0.5, seed)

@@ -1,4 +1,4 @@
-"""Text to tokens and back: special tokens, leading spaces, split characters, files that are wrong."""
+"""Text to tokens and back: special tokens, leading spaces, split characters, wrong files."""
 
 import json
 

@@ -103,6 +103,7 @@ class Journal:
 
     def start_appending(self) -> None:
         """Drop what follows the whole lines (a torn line, or with num_bytes = 0 everything)."""
+        self._created = False  # from here on even an empty file is a result
         if self.is_regular:
             self._cut()
             os.lseek(self._descriptor, self.num_bytes, os.SEEK_SET)
@@ -152,7 +153,7 @@ class Journal:
         self.start_appending()
 
     def close(self) -> None:
-        """Sync, unlock, and remove a file that this object created and nothing was written to."""
+        """Sync, unlock, and remove a file that this object created if no appending began."""
         try:
             if self.is_regular:
                 if self._created and os.fstat(self._descriptor).st_size == 0:

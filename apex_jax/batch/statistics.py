@@ -119,13 +119,12 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def format_bytes(size: float) -> str:
-    """Return a size with a binary unit and three digits or so."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
+def format_bytes(num_bytes: int) -> str:
+    """Return a size with a binary unit and two decimals."""
+    if num_bytes < 1024:
+        return f"{num_bytes} B"
+    exponent = min((num_bytes.bit_length() - 1) // 10, 4)
+    return f"{num_bytes / 1024**exponent:.2f} {('KiB', 'MiB', 'GiB', 'TiB')[exponent - 1]}"
 
 
 def format_duration(seconds: float) -> str:
