@@ -1,0 +1,109 @@
+"""Brings a model's weights onto a device, from a folder or from nothing.
+
+Owns the structure that every source yields (`abstract`) and picks the reader that fits a folder.
+Each layer's state is an nnx.State of plain arrays: nnx.merge takes it like one of Params, and a
+sweep that passes all layers as arguments flattens it four times as fast. Called by the engine.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, UInt32
+
+from apex_jax.config import ConfigError, LlamaConfig
+from apex_jax.models import safetensors_store
+from apex_jax.models.llama import DecoderLayer, Llama, LlamaWeights, RMSNorm
+from apex_jax.models.model_files import ORBAX_FOLDER, fingerprint, is_orbax
+
+__all__ = ["abstract", "dummy", "fingerprint", "graphs", "load", "to_module"]
+
+_DUMMY_STD = 0.02  # as models are initialised: activations grow slowly enough for float16
+
+
+def abstract(model: LlamaConfig, dtype: jnp.dtype) -> LlamaWeights:
+    """Return the shapes and dtypes of all weights: programs compile before they are loaded."""
+    state = nnx.to_pure_dict(nnx.state(_abstract_module(model, dtype)))
+    return LlamaWeights(
+        embedding=state["embedding"],
+        layers=tuple(nnx.State(state["layers"][index]) for index in range(model.num_layers)),
+        norm=nnx.State(state["norm"]),
+        output=None if model.tie_embeddings else state["lm_head"]["weight"],
+    )
+
+
+def graphs(
+    model: LlamaConfig, dtype: jnp.dtype
+) -> tuple[nnx.GraphDef[DecoderLayer], nnx.GraphDef[RMSNorm]]:
+    """Return what nnx.merge needs beside the state of a layer, and of the final norm."""
+    module = _abstract_module(model, dtype)
+    return nnx.graphdef(module.layers[0]), nnx.graphdef(module.norm)
+
+
+def load(folder: Path, model: LlamaConfig, dtype: jnp.dtype, device: jax.Device) -> LlamaWeights:
+    """Read the weights of a safetensors or Orbax folder into `device`, cast to `dtype`.
+
+    Raises ConfigError naming the tensor and file that are missing, unknown, misshapen or damaged,
+    or whose values float16 cannot hold.
+    """
+    if not is_orbax(folder):
+        return safetensors_store.load(folder, model, abstract(model, dtype), device)
+    try:  # only here: safetensors and dummy weights load where Orbax is not installed
+        from apex_jax.models import orbax_store
+    except ImportError as error:
+        raise ConfigError(
+            f"{folder / ORBAX_FOLDER} needs orbax-checkpoint, which does not import: {error}"
+        ) from None
+    return orbax_store.load(folder / ORBAX_FOLDER, abstract(model, dtype), device)
+
+
+def dummy(model: LlamaConfig, dtype: jnp.dtype, device: jax.Device, seed: int) -> LlamaWeights:
+    """Make random weights on `device`; equal for equal seeds, on any device."""
+    leaves, structure = jax.tree.flatten(abstract(model, dtype))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    fill = jax.jit(_fill, static_argnums=(0, 1), out_shardings=sharding)
+    with jax.default_device(device):
+        filled = [
+            fill(leaf.shape, leaf.dtype, jnp.uint32((seed * len(leaves) + index) % 2**32))
+            for index, leaf in enumerate(leaves)
+        ]
+    return jax.tree.unflatten(structure, filled)
+
+
+def to_module(model: LlamaConfig, weights: LlamaWeights) -> Llama:
+    """Return the weights as the module that scores whole sequences."""
+    state: dict[str, Any] = {
+        "embedding": weights.embedding,
+        "layers": {i: nnx.to_pure_dict(layer) for i, layer in enumerate(weights.layers)},
+        "norm": nnx.to_pure_dict(weights.norm),
+    }
+    if weights.output is not None:
+        state["lm_head"] = {"weight": weights.output}
+    return nnx.merge(nnx.graphdef(_abstract_module(model, weights.embedding.dtype)), state)
+
+
+def _abstract_module(model: LlamaConfig, dtype: jnp.dtype) -> Llama:
+    return nnx.eval_shape(lambda: Llama(model, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def _fill(shape: tuple[int, ...], dtype: jnp.dtype, seed: UInt32[Array, ""]) -> Float[Array, "..."]:
+    """Fill a matrix uniformly with the standard deviation above, a vector (a norm's scale) with 1.
+
+    A hash of the element's number, because it fuses into the store. jax.random wants 12 bytes of
+    scratch memory an element (more than a small GPU has left) and is 15 times slower on a CPU.
+    """
+    if len(shape) == 1:
+        return jnp.ones(shape, dtype)
+    key = _mix(seed + jnp.uint32(0x9E3779B9))
+    bits = _mix(jax.lax.iota(jnp.uint32, shape[0] * shape[1]) ^ key)
+    unit = bits.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-31)  # in [-1, 1]
+    return (unit * jnp.float32(_DUMMY_STD * 3**0.5)).astype(dtype).reshape(shape)
+
+
+def _mix(x: UInt32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """Scramble bits: the finaliser of MurmurHash3 (Appleby, public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
