@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Float, Int, UInt32
 
-NUM_CANDIDATES = 64  # a full sort of 128k scores costs a hundred times this top-k on XLA's CPU
+NUM_CANDIDATES = 64  # the best of 128k scores come at a hundredth of the cost of all of them in order
 
 # How much of the vocabulary a row needs; a batch does what its most demanding row needs.
-CANDIDATES, ALL_UNSORTED, ALL_SORTED = 0, 1, 2
+CANDIDATES, WHOLE_UNCUT, WHOLE_CUT = 0, 1, 2
 
 
 class SamplingRows(NamedTuple):
@@ -39,64 +39,98 @@ def sample(logits_bv: Float[Array, "b v"], rows: SamplingRows) -> Int[Array, "b"
     """Return a token per row, drawn from its cut distribution; greedy where the temperature is 0.
 
     Searches the best NUM_CANDIDATES tokens, and the whole vocabulary only for rows whose cut may reach
-    beyond them: exact either way.
+    beyond them: exact either way. Scores equal to the last one kept are kept too.
     """
-    num_candidates = min(NUM_CANDIDATES, logits_bv.shape[1])
-    temperatures = jnp.where(rows.temperatures_b > 0, rows.temperatures_b, 1.0)
-    scores_bv = logits_bv / temperatures[:, None]
-    # The barrier keeps XLA from serving this search and the full sort below by one full sort.
-    top_bc, ids_bc = jax.lax.optimization_barrier(jax.lax.top_k(scores_bv, num_candidates))
+    temperatures_b1 = jnp.where(rows.temperatures_b > 0, rows.temperatures_b, 1.0)[:, None]
+    scores_bv = logits_bv / temperatures_b1
+    num_candidates = min(NUM_CANDIDATES, scores_bv.shape[1])
+    top_bc, ids_bc = jax.lax.top_k(scores_bv, num_candidates)
     log_total_b = jax.nn.logsumexp(scores_bv, axis=-1)
 
     is_greedy = rows.temperatures_b == 0
-    has_small_k = (rows.top_ks_b > 0) & (rows.top_ks_b <= num_candidates)
+    has_small_k = (rows.top_ks_b > 0) & (rows.top_ks_b < num_candidates)
     is_uncut = (rows.top_ks_b == 0) & (rows.top_ps_b >= 1)
-    candidate_mass_b = jnp.exp(top_bc - log_total_b[:, None]).sum(-1)
-    # Strictly more than top_p, by more than the rounding of the sum: then the cut lies within.
-    nucleus_is_within = (rows.top_ks_b == 0) & (candidate_mass_b > rows.top_ps_b + 1e-5)
+    mass_b = jnp.exp(top_bc - log_total_b[:, None]).sum(-1)
+    # More than top_p by more than the sum's rounding: then the cut lies within.
+    nucleus_is_within = (rows.top_ks_b == 0) & (mass_b > rows.top_ps_b + 1e-5)
     levels_b = jnp.where(
         is_greedy | has_small_k | nucleus_is_within,
         CANDIDATES,
-        jnp.where(is_uncut, ALL_UNSORTED, ALL_SORTED),
+        jnp.where(is_uncut, WHOLE_UNCUT, WHOLE_CUT),
     )
 
-    def from_candidates():
-        return _draw_from_sorted(top_bc, ids_bc, log_total_b, rows)
+    def from_candidates() -> Int[Array, "b"]:
+        rank = jnp.arange(num_candidates)[None, :]
+        in_top_k = (rows.top_ks_b[:, None] == 0) | (rank < rows.top_ks_b[:, None])
+        kept_bc = jnp.where(in_top_k, top_bc, -jnp.inf)
+        log_kept_b = jnp.where(
+            rows.top_ks_b > 0, jax.nn.logsumexp(kept_bc, axis=-1), log_total_b
+        )
+        probabilities_bc = jnp.exp(kept_bc - log_kept_b[:, None])
+        mass_before_bc = jnp.cumsum(probabilities_bc, axis=-1) - probabilities_bc
+        in_top_p = (mass_before_bc < rows.top_ps_b[:, None]) | (rank == 0)
+        lowest_b1 = jnp.where(in_top_k & in_top_p, top_bc, jnp.inf).min(-1, keepdims=True)
+        best_b1 = _draw(top_bc, ids_bc, lowest_b1, rows)[:, None]
+        return jnp.take_along_axis(ids_bc, best_b1, axis=1)[:, 0]
 
-    def from_all_unsorted():
+    def from_whole(lowest_b1: Float[Array, "b 1"]) -> Int[Array, "b"]:
         ids_bv = jnp.broadcast_to(jnp.arange(scores_bv.shape[1]), scores_bv.shape)
-        drawn = greedy(scores_bv + token_noise(rows, ids_bv))
-        return jnp.where(levels_b == ALL_UNSORTED, drawn, from_candidates())
-
-    def from_all_sorted():
-        sorted_bv, order_bv = jax.lax.top_k(scores_bv, scores_bv.shape[1])
-        drawn = _draw_from_sorted(sorted_bv, order_bv, log_total_b, rows)
-        return jnp.where(levels_b == ALL_SORTED, drawn, from_all_unsorted())
+        drawn_b = _draw(scores_bv, ids_bv, lowest_b1, rows)
+        return jnp.where(levels_b == CANDIDATES, from_candidates(), drawn_b)
 
     drawn_b = jax.lax.switch(
-        levels_b.max(), (from_candidates, from_all_unsorted, from_all_sorted)
+        levels_b.max(),
+        (
+            from_candidates,
+            lambda: from_whole(jnp.full_like(temperatures_b1, -jnp.inf)),
+            lambda: from_whole(_lowest_kept(scores_bv, rows)),
+        ),
     )
-    return jnp.where(is_greedy, ids_bc[:, 0], drawn_b).astype(jnp.int32)
+    return jnp.where(is_greedy, greedy(logits_bv), drawn_b.astype(jnp.int32))
 
 
-def _draw_from_sorted(
+def _draw(
     scores_bc: Float[Array, "b c"],
     ids_bc: Int[Array, "b c"],
-    log_total_b: Float[Array, "b"],
+    lowest_b1: Float[Array, "b 1"],
     rows: SamplingRows,
 ) -> Int[Array, "b"]:
-    """Cut descending scores to top-k and top-p, and draw; the first token is always kept."""
-    rank = jnp.arange(scores_bc.shape[1])[None, :]
-    in_top_k = (rows.top_ks_b[:, None] == 0) | (rank < rows.top_ks_b[:, None])
-    kept_bc = jnp.where(in_top_k, scores_bc, -jnp.inf)
-    log_kept_b = jnp.where(rows.top_ks_b > 0, jax.nn.logsumexp(kept_bc, axis=-1), log_total_b)
-    probabilities_bc = jnp.exp(kept_bc - log_kept_b[:, None])
-    mass_before_bc = jnp.cumsum(probabilities_bc, axis=-1) - probabilities_bc
-    in_top_p = (mass_before_bc < rows.top_ps_b[:, None]) | (rows.top_ps_b[:, None] >= 1)
-    in_cut = in_top_k & (in_top_p | (rank == 0))
-    noisy_bc = jnp.where(in_cut, scores_bc + token_noise(rows, ids_bc), -jnp.inf)
-    best_b1 = jnp.argmax(noisy_bc, axis=-1, keepdims=True)
-    return jnp.take_along_axis(ids_bc, best_b1, axis=1)[:, 0]
+    """Return the column of each row's draw among scores of at least the lowest kept."""
+    noisy_bc = scores_bc + token_noise(rows, ids_bc)
+    return jnp.argmax(jnp.where(scores_bc >= lowest_b1, noisy_bc, -jnp.inf), axis=-1)
+
+
+def _lowest_kept(scores_bv: Float[Array, "b v"], rows: SamplingRows) -> Float[Array, "b 1"]:
+    """Return the lowest score that survives top-k and top-p, found without sorting.
+
+    Floats are mapped to integers of the same order, and the threshold's bits are settled one by one
+    from the top, by counting (top-k) or weighing (top-p) what lies at or above: 64 passes over the scores.
+    """
+    bits_bv = jax.lax.bitcast_convert_type(scores_bv, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    keys_bv = jnp.where(bits_bv >= sign, ~bits_bv, bits_bv | sign)
+
+    def highest_threshold(
+        weights_bv: Float[Array, "b v"], target_b1: Float[Array, "b 1"]
+    ) -> UInt32[Array, "b 1"]:
+        def settle_bit(step: Int[Array, ""], threshold_b1: UInt32[Array, "b 1"]):
+            raised_b1 = threshold_b1 | (sign >> step.astype(jnp.uint32))
+            above_b1 = jnp.where(keys_bv >= raised_b1, weights_bv, 0).sum(-1, keepdims=True)
+            return jnp.where(above_b1 >= target_b1, raised_b1, threshold_b1)
+
+        start_b1 = jnp.zeros(target_b1.shape, jnp.uint32)
+        return jax.lax.fori_loop(0, 32, settle_bit, start_b1)
+
+    top_k_b1 = highest_threshold(
+        jnp.ones_like(scores_bv), rows.top_ks_b[:, None].astype(jnp.float32)
+    )
+    top_k_b1 = jnp.where(rows.top_ks_b[:, None] > 0, top_k_b1, 0)
+    weights_bv = jnp.exp(scores_bv - scores_bv.max(-1, keepdims=True))
+    weights_bv = jnp.where(keys_bv >= top_k_b1, weights_bv, 0)
+    target_b1 = weights_bv.sum(-1, keepdims=True) * jnp.minimum(rows.top_ps_b[:, None], 1)
+    top_p_b1 = jnp.where(rows.top_ps_b[:, None] < 1, highest_threshold(weights_bv, target_b1), 0)
+    is_kept = keys_bv >= jnp.maximum(top_k_b1, top_p_b1)
+    return jnp.where(is_kept, scores_bv, jnp.inf).min(-1, keepdims=True)
 
 
 def token_noise(rows: SamplingRows, ids_bc: Int[Array, "b c"]) -> Float[Array, "b c"]:
