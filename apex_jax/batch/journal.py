@@ -27,8 +27,8 @@ class OutputError(RuntimeError):
 class Journal:
     """An output file, open and locked.
 
-    path: with symbolic links resolved. is_regular: False for a device or pipe, which is only
-    written to (no lock, no resuming). num_bytes: whole lines on disk; what follows them is torn.
+    path: with symbolic links resolved (the file behind one is what gets replaced). is_regular:
+    False for a device or pipe, which is only written to (no lock, no resuming). num_bytes: whole lines on disk; what follows them is torn.
     """
 
     def __init__(self, path: Path, write: Callable[[int, bytes], int] = os.write) -> None:
@@ -36,7 +36,9 @@ class Journal:
 
         write: os.write, or a stand-in of its contract that fails (tests).
         """
-        self.path = Path(os.path.realpath(path))
+        # A device keeps its name: /dev/stdout may resolve to a pipe, which has none.
+        is_device = path.exists() and not path.is_file()
+        self.path = path if is_device else Path(os.path.realpath(path))
         self._write = write
         self._created = not self.path.exists()
         self._descriptor = self._open_locked()
