@@ -1,7 +1,8 @@
 """Paged attention on the device in plain XLA: append, decode, prefill.
 
-Owns the arithmetic over one layer's pages `[p, k, z, h]`; scores and sums are float32. Whatever lies in
-unused slots, NaN included, does not reach a result. Refuses nothing: shapes are the stages' business.
+Owns the arithmetic over one layer's pages `[p, k, z, h]`; scores and sums are float32. Whatever
+lies in unused slots, NaN included, does not reach a result. Refuses nothing: shapes are the stages'
+business.
 """
 
 import jax
@@ -33,8 +34,8 @@ def decode_attention(
 
     The KV of the whole batch is one flat list of blocks of m pages, so that the work follows the
     tokens held and not the longest row. block_rows_c: the row a block belongs to, ascending; b for
-    padding. block_lengths_c: tokens used in the block. A row's softmax is put together from its blocks'
-    partial sums (the split of flash decoding).
+    padding. block_lengths_c: tokens used in the block. A row's softmax is put together from its
+    blocks' partial sums (the split of flash decoding).
     """
     b, n, h = q_bnh.shape
     c, m = block_pages_cm.shape
@@ -98,7 +99,7 @@ def prefill_attention(
             "bkgth,bmkzh->bkgtmz", q_bkgth, k_bmkzh, preferred_element_type=jnp.float32
         ).reshape(*max_bkgt.shape, step_pages * z)
         scores = jnp.where(visible_bts[:, None, None], scores * h**-0.5, -jnp.inf)
-        # The first step holds token 0, which every query sees: the running maximum is finite from then on.
+        # The first step holds token 0, which every query sees: then the maximum is finite.
         new_max = jnp.maximum(max_bkgt, scores.max(-1))
         rescale = jnp.exp(max_bkgt - new_max)
         weights = jnp.exp(scores - new_max[..., None])

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 MAX_EXECUTABLES = 80
 MAX_ROW_BUCKETS = 6
 MIN_ROWS = 2  # one row alone would take another matmul path on XLA's CPU, with other rounding
-PAGES_PER_BLOCK = 8  # a decode block is a few pages of one row: its partial sums cost little beside them
+PAGES_PER_BLOCK = (
+    8  # a decode block is a few pages of one row: its partial sums cost little beside them
+)
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,23 @@ def choose(
 ) -> Buckets:
     """Choose buckets within the budget of executables.
 
-    Rows: the powers of two up to max_requests, at most six of them. Blocks: the most a batch can hold and
-    a half, a quarter and a sixteenth of it: a full cache, which is the case that matters here, wastes
-    nothing. Chunks: a long prompt's, a shorter one's (requests mostly arrive one by one, where another ended),
-    or four at once.
+    Rows: the powers of two up to max_requests, at most six of them. Blocks: the most a batch can
+    hold and a half, a quarter and a sixteenth of it: a full cache, which is the case that matters
+    here, wastes nothing. Chunks: a long prompt's, a shorter one's (requests mostly arrive one by
+    one, where another ended), or four at once.
     """
     rows = [max(MIN_ROWS, 1 << (max_requests - 1).bit_length())]
     while len(rows) < MAX_ROW_BUCKETS and rows[0] > MIN_ROWS:
         rows.insert(0, rows[0] // 2)
     block_tokens = page_size * PAGES_PER_BLOCK
-    num_blocks = {}
+    num_blocks: dict[int, tuple[int, ...]] = {}
     for row_bucket in rows:
         full_rows = row_bucket * -(-max_model_len // block_tokens)
         # The whole pool, cut into blocks of which each row leaves one partly used.
         pool = num_pages // PAGES_PER_BLOCK + row_bucket
         largest = min(full_rows, pool)
         fractions = {largest, -(-largest // 2), -(-largest // 4), -(-largest // 16)}
-        num_blocks[row_bucket] = tuple(sorted(max(size, row_bucket) for size in fractions))
-        num_blocks[row_bucket] = tuple(sorted(set(num_blocks[row_bucket])))
+        num_blocks[row_bucket] = tuple(sorted({max(size, row_bucket) for size in fractions}))
     whole, quarter = max_prefill_tokens, max_prefill_tokens // 4
     chunks = [(1, whole), (1, quarter), (1, quarter // 4), (4, quarter)]
     chunks = [(count, tokens) for count, tokens in chunks if count <= rows[-1] and tokens >= 4]
@@ -87,7 +88,9 @@ def choose(
     return buckets
 
 
-def fullest_chunk(chunks: Sequence[tuple[int, int]], num_remaining: Sequence[int]) -> tuple[int, int]:
+def fullest_chunk(
+    chunks: Sequence[tuple[int, int]], num_remaining: Sequence[int]
+) -> tuple[int, int]:
     """Return the (rows, tokens) shape that prefills most tokens, of equals the smallest.
 
     num_remaining: prompt tokens left of each candidate, oldest first.

@@ -60,12 +60,16 @@ class LlamaConfig:
 class ModelConfig:
     """Which model, and from where.
 
-    path: a folder with config.json and safetensors or an Orbax checkpoint. None needs weights=dummy.
+    path: a folder with config.json and safetensors or an Orbax checkpoint. None needs
+    weights=dummy.
     weights: "checkpoint", or "dummy" for random weights of the right shape (benchmarks).
-    dtype: of weights, activations and KV cache. "auto" is the checkpoint's on a GPU that computes in
+    dtype: of weights, activations and KV cache. "auto" is the checkpoint's on a GPU that computes
+    in
         it (float16 for bfloat16 where it does not), float32 on a CPU.
-    precision: of float32 matrix products: "default" lets a GPU round them to TF32, "highest" does not.
-    architecture: the expected shape; None reads it from the folder. Where both exist they must agree.
+    precision: of float32 matrix products: "default" lets a GPU round them to TF32, "highest" does
+    not.
+    architecture: the expected shape; None reads it from the folder. Where both exist they must
+    agree.
     seed: of dummy weights.
     """
 
@@ -169,7 +173,9 @@ def validate(config: Config) -> None:
     )
     _require(model.dtype in DTYPES, "model.dtype", model.dtype, "one of " + ", ".join(DTYPES))
     if model.weights == "checkpoint":
-        _require(bool(model.path), "model.path", model.path, "a model folder (or set weights=dummy)")
+        _require(
+            bool(model.path), "model.path", model.path, "a model folder (or set weights=dummy)"
+        )
     elif not model.path:
         _require(
             model.architecture is not None,

@@ -79,8 +79,8 @@ class SweepHandle:
 class Dispatch:
     """The loop over one backend.
 
-    first_layers: where each program of consecutive layers begins. watchdog_sec: how long a sweep may
-    take before the job is failed.
+    first_layers: where each program of consecutive layers begins. watchdog_sec: how long a sweep
+    may take before the job is failed.
     """
 
     def __init__(self, backend: Backend, first_layers: Sequence[int], watchdog_sec: float):
@@ -92,9 +92,7 @@ class Dispatch:
         """Enqueue every stage of the sweep, prefill first; returns before they have run."""
         heads: list[Handle] = []
         last: Handle | None = None
-        for batch, head in ((plan.prefill, plan.prefill_head), (plan.decode, plan.decode_head)):
-            if batch is None:
-                continue
+        for batch, head in plan.batches:
             last = self._backend.enqueue(Embed(batch))
             for first_layer in self._first_layers:
                 last = self._backend.enqueue(Layers(batch, first_layer), last)

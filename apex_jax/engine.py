@@ -1,20 +1,21 @@
 """The engine: a model, its memory and its programs, driven by plan, launch, commit.
 
-Owns the set-up (what goes where, printed before work starts) and the loop's one sweep of lag: the tokens
-of a sweep are read while the next one runs, so the device never waits for Python. Refuses settings that
-cannot be honoured. Called by the batch job.
+Owns the set-up (what goes where, printed before work starts) and the loop's one sweep of lag: the
+tokens of a sweep are read while the next one runs, so the device never waits for Python. Refuses
+settings that cannot be honoured. Called by the batch job.
 """
 
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from apex_jax import buckets, kv_cache
 from apex_jax.backends.xla import XlaBackend
@@ -103,9 +104,7 @@ class Engine:
             on_progress(f"loading weights from {folder.path}")
             loaded = weights.load(folder.path, architecture, dtype, device)
             fingerprint = weights.fingerprint(folder.path)
-        pages = kv_cache.allocate(
-            architecture, memory.num_pages, memory.page_size, dtype, device
-        )
+        pages = kv_cache.allocate(architecture, memory.num_pages, memory.page_size, dtype, device)
         jax.block_until_ready((loaded, pages))
         setup_sec["load"] = time.perf_counter() - start_sec
 
@@ -154,28 +153,31 @@ class Engine:
 
     def describe(self) -> str:
         """Return the effective plan, a few lines."""
-        memory, shapes, programs = self.memory, self.programs.buckets, self.programs
-        model, stats = self.model, self.model.architecture
-        heads = f"{stats.num_heads} heads over {stats.num_kv_heads}"
-        free = "unknown" if memory.free_bytes is None else f"{memory.free_bytes / GIB:.2f} GiB"
-        rows = ", ".join(map(str, shapes.rows))
-        chunks = ", ".join(f"{count}x{tokens}" for count, tokens in shapes.chunks)
-        blocks = ", ".join(map(str, shapes.num_blocks[shapes.rows[-1]]))
+        model, memory, programs = self.model, self.memory, self.programs
+        shape, buckets_ = model.architecture, programs.buckets
+        free = "unknown" if memory.free_bytes is None else _size(memory.free_bytes)
+        max_rows = buckets_.rows[-1]
         return "\n".join(
             (
-                f"model      {model.name}: {stats.num_layers} layers, width {stats.d_model}, {heads}, "
-                f"{stats.num_parameters / 1e6:.1f} M parameters, {model.dtype}",
-                f"device     {self._device.device_kind} ({self._device.platform}), {free} free at start",
-                f"strategy   device_only; attention kernel: XLA, paged; no host lane",
-                f"memory     device: weights {_mib(memory.weight_bytes)}, KV cache "
-                f"{_mib(memory.pool_bytes)} = {memory.num_pages} pages of {memory.page_size} tokens "
-                f"({memory.pool_tokens} tokens), scratch {_mib(programs.temp_bytes)}",
-                f"limits     {shapes.rows[-1]} rows at once, {memory.max_model_len} tokens per request, "
-                f"{shapes.chunks[0][1]} prompt tokens per sweep",
-                f"buckets    rows {rows}; KV blocks at {shapes.rows[-1]} rows {blocks}; "
-                f"chunks {chunks}; context pages {', '.join(map(str, shapes.context_pages))}",
-                f"programs   {len(programs.compile_sec)} executables of {programs.num_layers} layers, "
-                f"ready in {self._setup_sec['compile']:.1f} s; weights in {self._setup_sec['load']:.1f} s",
+                f"model      {model.name}: {shape.num_layers} layers, width {shape.d_model}, "
+                f"{shape.num_heads} heads over {shape.num_kv_heads}, "
+                f"{shape.num_parameters / 1e6:.1f} M parameters, {model.dtype}",
+                f"device     {self._device.device_kind} ({self._device.platform}), {free} free at "
+                "the start",
+                "strategy   device_only; attention kernel: XLA, paged; no host lane",
+                f"memory     weights {_size(memory.weight_bytes)}, KV cache "
+                f"{_size(memory.pool_bytes)} ({memory.num_pages} pages of {memory.page_size} "
+                f"tokens = {memory.pool_tokens} tokens), scratch {_size(programs.temp_bytes)}",
+                f"limits     {self._scheduler.max_requests} requests at once, "
+                f"{memory.max_model_len} tokens a request, "
+                f"{buckets_.chunks[0][1]} prompt tokens a sweep",
+                f"buckets    rows {_list(buckets_.rows)}; KV blocks of {max_rows} rows "
+                f"{_list(buckets_.num_blocks[max_rows])}; chunks "
+                f"{_list(f'{count}x{tokens}' for count, tokens in buckets_.chunks)}; context pages "
+                f"{_list(buckets_.context_pages)}",
+                f"programs   {len(programs.compile_sec)} executables, {programs.num_layers} layers "
+                f"in each, ready in {self._setup_sec['compile']:.1f} s; weights in "
+                f"{self._setup_sec['load']:.1f} s",
             )
         )
 
@@ -222,12 +224,12 @@ def choose_device(platform: str) -> jax.Device:
     except RuntimeError:
         seen = ", ".join(sorted({device.platform for device in jax.devices()}))
         raise ConfigError(
-            f"--config.device.platform is {platform!r}, and JAX sees only: {seen}. For an NVIDIA GPU "
-            "install its CUDA build (launch/setup_env.sh does where nvidia-smi works)"
+            f"--config.device.platform is {platform!r}, and JAX sees only: {seen}. An NVIDIA GPU "
+            "needs JAX's CUDA build (launch/setup_env.sh installs it where nvidia-smi works)"
         ) from None
 
 
-def choose_dtype(requested: str, published: str | None, device: jax.Device) -> jnp.dtype:
+def choose_dtype(requested: str, published: str | None, device: jax.Device) -> np.dtype:
     """Return the dtype of weights, activations and KV cache, as ModelConfig.dtype says."""
     if requested != "auto":
         return jnp.dtype(requested)
@@ -252,8 +254,8 @@ def _use_cache(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"--config.compile.cache_dir is {str(folder)!r}, which cannot be made: {error.strerror}; "
-            "name another folder, or none with --config.compile.cache_dir="
+            f"--config.compile.cache_dir is {str(folder)!r}, which cannot be made "
+            f"({error.strerror}); name another folder, or none with --config.compile.cache_dir="
         ) from None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -273,5 +275,9 @@ class _Throttled:
             self._on_progress(f"compiled {done} of {total} programs ({program})")
 
 
-def _mib(num_bytes: int) -> str:
+def _size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _list(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

@@ -4,10 +4,11 @@ Owns the arrays: one pair of pools per layer, so that a program over a few layer
 donated and updated in place. Accounting of pages is elsewhere (pages.py).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from apex_jax.config import LlamaConfig
@@ -21,15 +22,16 @@ class LayerPages(NamedTuple):
 
 
 def abstract_layer_pages(
-    model: LlamaConfig, num_pages: int, page_size: int, dtype: jnp.dtype
+    model: LlamaConfig, num_pages: int, page_size: int, dtype: np.dtype
 ) -> LayerPages:
     """Return the shapes of one layer's pools."""
     shape = (num_pages, model.num_kv_heads, page_size, model.head_dim)
-    return LayerPages(jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape, dtype))
+    like: Any = jax.ShapeDtypeStruct(shape, dtype)  # it stands where arrays are annotated
+    return LayerPages(like, like)
 
 
 def allocate(
-    model: LlamaConfig, num_pages: int, page_size: int, dtype: jnp.dtype, device: jax.Device
+    model: LlamaConfig, num_pages: int, page_size: int, dtype: np.dtype, device: jax.Device
 ) -> list[LayerPages]:
     """Return zeroed pools for every layer (zeroed, because fresh memory may hold NaN)."""
     abstract = abstract_layer_pages(model, num_pages, page_size, dtype)
@@ -37,6 +39,6 @@ def allocate(
     return [jax.tree.map(zeros, abstract) for _ in range(model.num_layers)]
 
 
-def page_bytes(model: LlamaConfig, page_size: int, dtype: jnp.dtype) -> int:
+def page_bytes(model: LlamaConfig, page_size: int, dtype: np.dtype) -> int:
     """Bytes of one page over all layers, keys and values."""
-    return page_size * model.kv_bytes_per_token(jnp.dtype(dtype).itemsize)
+    return page_size * model.kv_bytes_per_token(dtype.itemsize)

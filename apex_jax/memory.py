@@ -9,13 +9,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from apex_jax.config import Config, ConfigError, LlamaConfig
 from apex_jax.kv_cache import page_bytes
 from apex_jax.pages import num_pages_for
 
 GIB = 2**30
-_SIGNIFICANT_BITS = 4  # of an automatic page count: compiled programs depend on it, free memory wavers
+_SIGNIFICANT_BITS = (
+    4  # of an automatic page count: compiled programs depend on it, free memory wavers
+)
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,17 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: Config, model: LlamaConfig, dtype: jnp.dtype, device: jax.Device
+    config: Config, model: LlamaConfig, dtype: np.dtype, device: jax.Device
 ) -> MemoryPlan:
     """Divide the device's memory; ConfigError where the settings cannot be honoured."""
-    itemsize = jnp.dtype(dtype).itemsize
+    itemsize = dtype.itemsize
     weight_bytes = model.num_parameters * itemsize
     bytes_of_page = page_bytes(model, config.cache.page_size, dtype)
     scratch_bytes = _scratch_bytes(config, model, itemsize)
     free_bytes = free_device_bytes(device)
     if free_bytes is not None and weight_bytes > free_bytes:
         raise ConfigError(
-            f"the weights take {weight_bytes / GIB:.2f} GiB in {jnp.dtype(dtype).name}, and "
+            f"the weights take {weight_bytes / GIB:.2f} GiB in {dtype.name}, and "
             f"{free_bytes / GIB:.2f} GiB are free on {device.device_kind}; use a smaller model, "
             "or --config.model.dtype=float16 where it is wider now"
         )
@@ -71,15 +74,16 @@ def plan_memory(
         num_pages = min(_round_down(num_pages), most_pages)
         if num_pages < 1:
             raise ConfigError(
-                f"no memory is left for the KV cache: {free_bytes / GIB:.2f} GiB are free, of which "
+                f"no memory is left for the KV cache: {free_bytes / GIB:.2f} GiB are free, of "
+                "which "
                 f"--config.cache.device_fraction={config.cache.device_fraction:g} may be used; the "
                 f"weights take {weight_bytes / GIB:.2f} and scratch {scratch_bytes / GIB:.2f} GiB"
             )
     pool_tokens = num_pages * config.cache.page_size
     if config.scheduler.max_model_len is not None and max_len > pool_tokens:
         raise ConfigError(
-            f"--config.scheduler.max_model_len is {max_len}; the KV cache holds {pool_tokens} tokens "
-            f"in all ({num_pages} pages), so it must be at most that, or the cache larger "
+            f"--config.scheduler.max_model_len is {max_len}; the KV cache holds {pool_tokens} "
+            f"tokens in all ({num_pages} pages), so it must be at most that, or the cache larger "
             "(--config.cache.device_bytes)"
         )
     return MemoryPlan(
@@ -104,7 +108,9 @@ def free_device_bytes(device: jax.Device) -> int | None:
 
 
 def free_host_bytes() -> int | None:
-    """Return available memory, or what the control group leaves where that is less; None if unknown."""
+    """Return available memory, or what the control group leaves where that is less; None if
+    unknown.
+    """
     candidates: list[int] = []
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -123,7 +129,8 @@ def free_host_bytes() -> int | None:
 def _scratch_bytes(config: Config, model: LlamaConfig, itemsize: int) -> int:
     """Estimate what programs hold at their peak beside weights and pages.
 
-    Prefill: a few activations of every token of a chunk. Head: float32 scores and their sorted copy.
+    Prefill: a few activations of every token of a chunk. Head: float32 scores and their sorted
+    copy.
     """
     widest = model.d_model + 2 * model.d_ffn + 3 * model.num_heads * model.head_dim
     prefill = config.scheduler.max_prefill_tokens * widest * (itemsize + 4)

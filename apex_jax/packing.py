@@ -1,8 +1,8 @@
 """Batches as the device takes them: padded to a bucket and packed into one or two int32 arrays.
 
-Owns the column order, once for the host (numpy, `pack_*`) and once for the programs (`unpack_*`). A transfer
-costs tens of microseconds whatever its size, so each batch travels as few arrays. Padding rows carry
-slots and page ids past the end, which scatters drop.
+Owns the column order, once for the host (numpy, `pack_*`) and once for the programs (`unpack_*`). A
+transfer costs tens of microseconds whatever its size, so each batch travels as few arrays. Padding
+rows carry slots and page ids past the end, which scatters drop.
 """
 
 from typing import NamedTuple
@@ -18,17 +18,24 @@ from apex_jax.sampling import SamplingRows
 
 
 class DecodeArrays(NamedTuple):
-    """rows_b4: slot, position, page and slot in it of each row's new KV. blocks_ci: row, used tokens, pages."""
+    """A decode batch on the device.
 
-    rows_b4: Int32[Array, "b 4"] | Int32[np.ndarray, "b 4"]
-    blocks_ci: Int32[Array, "c i"] | Int32[np.ndarray, "c i"]
+    rows_b4: slot, position, page and slot in it of each row's new KV. blocks_ci: row, used tokens,
+    pages of each block.
+    """
+
+    rows_b4: Int32[Array, "b 4"]
+    blocks_ci: Int32[Array, "c i"]
 
 
 class PrefillArrays(NamedTuple):
-    """tokens_bt: padded chunks. rows_bi: start, length, then the block table of each row."""
+    """A prefill batch on the device.
 
-    tokens_bt: Int32[Array, "b t"] | Int32[np.ndarray, "b t"]
-    rows_bi: Int32[Array, "b i"] | Int32[np.ndarray, "b i"]
+    tokens_bt: padded chunks. rows_bi: start, length, then the block table of each row.
+    """
+
+    tokens_bt: Int32[Array, "b t"]
+    rows_bi: Int32[Array, "b i"]
 
 
 def num_blocks(batch: DecodeBatch, block_tokens: int) -> int:
@@ -38,8 +45,8 @@ def num_blocks(batch: DecodeBatch, block_tokens: int) -> int:
 
 def pack_decode(
     batch: DecodeBatch, *, rows: int, blocks: int, page_size: int
-) -> DecodeArrays:
-    """Pad to `rows` rows and `blocks` blocks."""
+) -> tuple[Int32[np.ndarray, "b 4"], Int32[np.ndarray, "c i"]]:
+    """Return the fields of DecodeArrays, padded to `rows` rows and `blocks` blocks."""
     b, m = batch.block_table_bm.shape
     block_tokens = page_size * PAGES_PER_BLOCK
     rows_b4 = np.full((rows, 4), np.iinfo(np.int32).max, np.int32)
@@ -62,11 +69,13 @@ def pack_decode(
     blocks_ci[: len(row_c), 0] = row_c
     blocks_ci[: len(row_c), 1] = used_c
     blocks_ci[: len(row_c), 2:] = table_bm.reshape(b, -1, PAGES_PER_BLOCK)[row_c, index_c]
-    return DecodeArrays(rows_b4, blocks_ci)
+    return rows_b4, blocks_ci
 
 
-def pack_prefill(batch: PrefillBatch, *, rows: int, context_pages: int) -> PrefillArrays:
-    """Pad to `rows` rows and a block table of `context_pages` pages."""
+def pack_prefill(
+    batch: PrefillBatch, *, rows: int, context_pages: int
+) -> tuple[Int32[np.ndarray, "b t"], Int32[np.ndarray, "b i"]]:
+    """Return the fields of PrefillArrays, padded to `rows` rows of `context_pages` pages."""
     b, t = batch.token_ids_bt.shape
     tokens_bt = np.zeros((rows, t), np.int32)
     tokens_bt[:b] = batch.token_ids_bt
@@ -74,7 +83,7 @@ def pack_prefill(batch: PrefillBatch, *, rows: int, context_pages: int) -> Prefi
     rows_bi[:b, 0] = batch.starts_b
     rows_bi[:b, 1] = batch.lengths_b
     rows_bi[:b, 2 : 2 + batch.block_table_bm.shape[1]] = batch.block_table_bm
-    return PrefillArrays(tokens_bt, rows_bi)
+    return tokens_bt, rows_bi
 
 
 def unpack_prefill_targets(
@@ -90,7 +99,7 @@ def unpack_prefill_targets(
 
 
 def pack_head(batch: HeadBatch, *, rows: int) -> Int32[np.ndarray, "b 8"]:
-    """Spread the sampled rows over all `rows` rows of the hidden states; the others sample nothing."""
+    """Spread the sampled rows over `rows` rows of hidden states; the others sample nothing."""
     packed_b8 = np.zeros((rows, 8), np.int32)
     packed_b8[:, 0] = np.iinfo(np.int32).max
     columns = (

@@ -93,6 +93,7 @@ class SweepPlan:
     decode_head: HeadBatch | None
 
     @property
-    def num_sampled(self) -> int:
-        heads = (self.prefill_head, self.decode_head)
-        return sum(len(head.slots_b) for head in heads if head is not None)
+    def batches(self) -> list[tuple[DecodeBatch | PrefillBatch, HeadBatch | None]]:
+        """The batches there are, in the order of their running."""
+        both = ((self.prefill, self.prefill_head), (self.decode, self.decode_head))
+        return [(batch, head) for batch, head in both if batch is not None]

@@ -13,13 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
 
 from apex_jax import kv_cache, stages
-from apex_jax.buckets import PAGES_PER_BLOCK, Buckets, smallest_that_holds
+from apex_jax.buckets import PAGES_PER_BLOCK, Buckets
 from apex_jax.config import ConfigError, LlamaConfig
 from apex_jax.models import weights
-from apex_jax.models.llama import DecoderLayer, RMSNorm
 from apex_jax.packing import DecodeArrays, PrefillArrays
 
 MAX_LAYERS_PER_PROGRAM = 11  # compile time grows with it, dispatches per sweep shrink
@@ -46,7 +45,7 @@ class Programs:
         self,
         model: LlamaConfig,
         *,
-        dtype: jnp.dtype,
+        dtype: np.dtype,
         buckets: Buckets,
         num_pages: int,
         num_slots: int,
@@ -134,18 +133,29 @@ class Programs:
         for rows, tokens in buckets.chunks:
             x_btd = jax.ShapeDtypeStruct((rows, tokens, model.d_model), self._dtype)
             tokens_bt = _ints(rows, tokens)
-            yield lower("embed_prefill", (rows, tokens), embed_prefill, abstract.embedding, tokens_bt)
+            yield lower(
+                "embed_prefill", (rows, tokens), embed_prefill, abstract.embedding, tokens_bt
+            )
             for context in buckets.context_pages:
                 arrays = PrefillArrays(tokens_bt, _ints(rows, 2 + context))
                 shape = (rows, tokens, context)
-                yield lower("layers_prefill", shape, layers_prefill[rows], layers, pages, x_btd, arrays)
+                yield lower(
+                    "layers_prefill", shape, layers_prefill[rows], layers, pages, x_btd, arrays
+                )
         for rows in buckets.rows:
             x_bd = jax.ShapeDtypeStruct((rows, model.d_model), self._dtype)
             for blocks in buckets.num_blocks[rows]:
                 arrays = DecodeArrays(_ints(rows, 4), _ints(blocks, 2 + PAGES_PER_BLOCK))
                 shape = (rows, blocks)
                 yield lower("layers_decode", shape, layers_decode, layers, pages, x_bd, arrays)
-            yield lower("embed_decode", (rows,), embed_decode, abstract.embedding, tokens_by_slot, _ints(rows, 4))
+            yield lower(
+                "embed_decode",
+                (rows,),
+                embed_decode,
+                abstract.embedding,
+                tokens_by_slot,
+                _ints(rows, 4),
+            )
             for is_greedy, function in heads.items():
                 yield lower(
                     "head_greedy" if is_greedy else "head_sample",
@@ -172,5 +182,5 @@ def span_of_layers(num_layers: int, requested: int | None) -> int:
     return requested
 
 
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+def _ints(*shape: int) -> Any:  # it stands where arrays are annotated
     return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -3,7 +3,7 @@
 Owns the ranges of sampling parameters and the derived facts of a running sequence. Imports no jax.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 

@@ -1,9 +1,9 @@
 """Choosing the next token of each row from its scores.
 
-Owns the random numbers and the order of cuts: temperature, top-k, top-p, then Gumbel noise. The noise
-of a token is a function of (request seed, sample index, position, token id) alone, so a row's choice does not
-depend on its batch, on how the scores were searched, or on when it runs. Refuses nothing: parameters
-are validated in request.py.
+Owns the random numbers and the order of cuts: temperature, top-k, top-p, then Gumbel noise. The
+noise of a token is a function of (request seed, sample index, position, token id) alone, so a row's
+choice does not depend on its batch, on how the scores were searched, or on when it runs. Refuses
+nothing: parameters are validated in request.py.
 """
 
 from typing import NamedTuple
@@ -13,14 +13,16 @@ import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Array, Float, Int, UInt32
 
-NUM_CANDIDATES = 64  # the best of 128k scores come at a hundredth of the cost of all of them in order
+NUM_CANDIDATES = (
+    64  # the best of 128k scores come at a hundredth of the cost of all of them in order
+)
 
 # How much of the vocabulary a row needs; a batch does what its most demanding row needs.
 CANDIDATES, WHOLE_UNCUT, WHOLE_CUT = 0, 1, 2
 
 
 class SamplingRows(NamedTuple):
-    """Sampling parameters of each row, as in request.SamplingParams; seeds as high and low words."""
+    """Parameters of each row, as in request.SamplingParams; seeds as high and low words."""
 
     temperatures_b: Float[Array, "b"]
     top_ks_b: Int[Array, "b"]
@@ -38,8 +40,8 @@ def greedy(logits_bv: Float[Array, "b v"]) -> Int[Array, "b"]:
 def sample(logits_bv: Float[Array, "b v"], rows: SamplingRows) -> Int[Array, "b"]:
     """Return a token per row, drawn from its cut distribution; greedy where the temperature is 0.
 
-    Searches the best NUM_CANDIDATES tokens, and the whole vocabulary only for rows whose cut may reach
-    beyond them: exact either way. Scores equal to the last one kept are kept too.
+    Searches the best NUM_CANDIDATES tokens, and the whole vocabulary only for rows whose cut may
+    reach beyond them: exact either way. Scores equal to the last one kept are kept too.
     """
     temperatures_b1 = jnp.where(rows.temperatures_b > 0, rows.temperatures_b, 1.0)[:, None]
     scores_bv = logits_bv / temperatures_b1
@@ -63,9 +65,7 @@ def sample(logits_bv: Float[Array, "b v"], rows: SamplingRows) -> Int[Array, "b"
         rank = jnp.arange(num_candidates)[None, :]
         in_top_k = (rows.top_ks_b[:, None] == 0) | (rank < rows.top_ks_b[:, None])
         kept_bc = jnp.where(in_top_k, top_bc, -jnp.inf)
-        log_kept_b = jnp.where(
-            rows.top_ks_b > 0, jax.nn.logsumexp(kept_bc, axis=-1), log_total_b
-        )
+        log_kept_b = jnp.where(rows.top_ks_b > 0, jax.nn.logsumexp(kept_bc, axis=-1), log_total_b)
         probabilities_bc = jnp.exp(kept_bc - log_kept_b[:, None])
         mass_before_bc = jnp.cumsum(probabilities_bc, axis=-1) - probabilities_bc
         in_top_p = (mass_before_bc < rows.top_ps_b[:, None]) | (rank == 0)
@@ -104,7 +104,8 @@ def _lowest_kept(scores_bv: Float[Array, "b v"], rows: SamplingRows) -> Float[Ar
     """Return the lowest score that survives top-k and top-p, found without sorting.
 
     Floats are mapped to integers of the same order, and the threshold's bits are settled one by one
-    from the top, by counting (top-k) or weighing (top-p) what lies at or above: 64 passes over the scores.
+    from the top, by counting (top-k) or weighing (top-p) what lies at or above: 64 passes over the
+    scores.
     """
     bits_bv = jax.lax.bitcast_convert_type(scores_bv, jnp.uint32)
     sign = jnp.uint32(1 << 31)
@@ -134,7 +135,7 @@ def _lowest_kept(scores_bv: Float[Array, "b v"], rows: SamplingRows) -> Float[Ar
 
 
 def token_noise(rows: SamplingRows, ids_bc: Int[Array, "b c"]) -> Float[Array, "b c"]:
-    """Return Gumbel noise of each token id: threefry keyed by the row's seed, index and position."""
+    """Return Gumbel noise of each id: threefry keyed by the row's seed, index and position."""
     as_word = lambda x: x.astype(jnp.uint32)  # noqa: E731
     key_high, key_low = threefry2x32_p.bind(
         rows.seeds_b2[:, 0],

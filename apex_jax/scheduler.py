@@ -25,9 +25,9 @@ from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
 class Sequence:
     """A request on its way.
 
-    index: order of arrival, which is also its priority. token_ids: the prompt and the output read so
-    far. num_unread: tokens sampled by planned sweeps and not read yet. num_computed: tokens whose
-    KV the planned sweeps have written. slot: row of the device's `tokens_by_slot`, None while
+    index: order of arrival, which is also its priority. token_ids: the prompt and the output read
+    so far. num_unread: tokens sampled by planned sweeps and not read yet. num_computed: tokens
+    whose KV the planned sweeps have written. slot: row of the device's `tokens_by_slot`, None while
     waiting. is_decoding: its last token lies in that slot.
     """
 
@@ -117,7 +117,7 @@ class Scheduler:
         self._tables = BlockTables(
             max_requests, num_pages_for(max_model_len, self.page_size), self.page_size
         )
-        self._num_slots = max_requests
+        self.max_requests = max_requests
         self._free_slots = list(range(max_requests - 1, -1, -1))
         self._waiting: list[Sequence] = []  # by index, so that a pre-empted one goes on first
         self._running: list[Sequence] = []  # likewise
@@ -146,7 +146,8 @@ class Scheduler:
         outside = [token for token in prompt if not 0 <= token < self._vocab_size]
         if outside:
             raise RequestError(
-                f"prompt token id {outside[0]} is outside the vocabulary (0 to {self._vocab_size - 1})"
+                f"prompt token id {outside[0]} is outside the vocabulary "
+                f"(0 to {self._vocab_size - 1})"
             )
         num_tokens = len(prompt) + sampling.max_tokens
         if num_tokens > self.max_model_len:
@@ -200,9 +201,9 @@ class Scheduler:
     def describe(self) -> str:
         """Return the state of the queues in a line, for error messages."""
         return (
-            f"{len(self._running)} running, {len(self._waiting)} waiting, {len(self._flights)} sweeps "
-            f"in flight, {self._pool.num_free} of {self._pool.num_pages} pages and "
-            f"{len(self._free_slots)} of {self._num_slots} slots free"
+            f"{len(self._running)} running, {len(self._waiting)} waiting, "
+            f"{len(self._flights)} sweeps in flight, {self._pool.num_free} of {self._pool.num_pages} pages and "
+            f"{len(self._free_slots)} of {self.max_requests} slots free"
         )
 
     def check_ledger(self) -> None:
@@ -213,7 +214,7 @@ class Scheduler:
             raise RuntimeError(f"pages in use {self._pool.references()}, accounted for {pages}")
         slots = [sequence.slot for sequence in self._running if sequence.slot is not None]
         slots += [slot for flight in self._flights for slot in flight.slots]
-        if sorted(slots + self._free_slots) != list(range(self._num_slots)):
+        if sorted(slots + self._free_slots) != list(range(self.max_requests)):
             raise RuntimeError(f"slots in use {sorted(slots)}, free {sorted(self._free_slots)}")
 
     # Planning
@@ -243,7 +244,7 @@ class Scheduler:
         """Return the sequences whose prompt goes on in this sweep, and the chunk length."""
         max_rows = max(rows for rows, _ in self._chunks)
         candidates = [sequence for sequence in self._running if sequence.num_unfilled][:max_rows]
-        # Each running request may need a page soon: admitting into the last pages would only pre-empt.
+        # Each running request may need a page soon: filling the last ones would only pre-empt.
         num_free = self._pool.num_free - len(self._running)
         num_slots = len(self._free_slots)
         admissible: list[Sequence] = []
@@ -366,7 +367,8 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._vacate(sequence)
-        assert sequence.finish_reason is not None and sequence.first_token_sec is not None
+        assert sequence.finish_reason is not None
+        assert sequence.first_token_sec is not None
         return RequestOutput(
             request=sequence.request,
             token_ids=tuple(sequence.token_ids[len(sequence.request.prompt_token_ids) :]),

@@ -1,7 +1,7 @@
 """The device's stages: pure functions over plain pytrees, split off the NNX modules.
 
-Owns what each stage computes; compiling them is programs.py's. One `layers` function serves any span of
-consecutive layers, because their weights and pages are arguments.
+Owns what each stage computes; compiling them is programs.py's. One `layers` function serves any
+span of consecutive layers, because their weights and pages are arguments.
 """
 
 import jax.numpy as jnp

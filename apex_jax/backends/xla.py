@@ -1,7 +1,7 @@
 """The product's backend: stages as XLA programs on a real device.
 
-Owns the arrays on the device: weights, pages, the last token of each slot. Pads and packs each batch for its
-bucket. Called by the dispatch loop; knows nothing of requests.
+Owns the arrays on the device: weights, pages, the last token of each slot. Pads and packs each
+batch for its bucket. Called by the dispatch loop; knows nothing of requests.
 """
 
 import time
@@ -91,11 +91,10 @@ class XlaBackend:
             time.sleep(POLL_SEC)
 
     def enqueue(self, stage: Stage, operand: Handle | None = None) -> HiddenHandle | TokensHandle:
-        match stage:
-            case Embed(batch=DecodeBatch() as batch):
-                return self._embed_decode(batch)
-            case Embed(batch=batch):
-                return self._embed_prefill(batch)
+        if isinstance(stage, Embed):
+            if isinstance(stage.batch, DecodeBatch):
+                return self._embed_decode(stage.batch)
+            return self._embed_prefill(stage.batch)
         assert isinstance(operand, HiddenHandle)
         if isinstance(stage, Layers):
             return self._layers(stage.first_layer, operand)
@@ -106,10 +105,8 @@ class XlaBackend:
         rows = smallest_that_holds(buckets.rows, len(batch.slots_b))
         num_blocks = packing.num_blocks(batch, buckets.block_tokens)
         blocks = smallest_that_holds(buckets.num_blocks[rows], num_blocks)
-        packed = packing.pack_decode(
-            batch, rows=rows, blocks=blocks, page_size=buckets.page_size
-        )
-        arrays: DecodeArrays = jax.device_put(packed, self._device)
+        packed = packing.pack_decode(batch, rows=rows, blocks=blocks, page_size=buckets.page_size)
+        arrays = DecodeArrays(*jax.device_put(packed, self._device))
         program = self._programs[ProgramKey("embed_decode", (rows,))]
         x_bd = program(self._weights.embedding, self._tokens_by_slot, arrays.rows_b4)
         return HiddenHandle(x_bd, x_bd, arrays)
@@ -125,7 +122,7 @@ class XlaBackend:
             self._buckets.context_pages, batch.block_table_bm.shape[1]
         )
         packed = packing.pack_prefill(batch, rows=rows, context_pages=context_pages)
-        arrays: PrefillArrays = jax.device_put(packed, self._device)
+        arrays = PrefillArrays(*jax.device_put(packed, self._device))
         program = self._programs[ProgramKey("embed_prefill", (rows, tokens))]
         return HiddenHandle(program(self._weights.embedding, arrays.tokens_bt), None, arrays)
 

@@ -6,8 +6,11 @@ read. Linear weights are laid out [out, in] (a row's result on XLA's CPU then do
 many rows share the batch), q, k, v and gate, up are fused into one matrix each.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -48,7 +51,9 @@ def rotate(
 
 
 def causal_attention(
-    q_btnh: Float[Array, "b t n h"], k_btkh: Float[Array, "b t k h"], v_btkh: Float[Array, "b t k h"]
+    q_btnh: Float[Array, "b t n h"],
+    k_btkh: Float[Array, "b t k h"],
+    v_btkh: Float[Array, "b t k h"],
 ) -> Float[Array, "b t n h"]:
     """Attend causally within each row; scores and weights in float32."""
     b, t, n, h = q_btnh.shape
@@ -63,7 +68,7 @@ def causal_attention(
 class Linear(nnx.Module):
     """y = W x without bias; `weight` is [out, in]."""
 
-    def __init__(self, num_in: int, num_out: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, num_in: int, num_out: int, *, dtype: np.dtype, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(stddev=0.02)
         self.weight = nnx.Param(init(rngs.params(), (num_out, num_in), dtype))
 
@@ -74,7 +79,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm, computed in float32 and scaled in the dtype of x."""
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+    def __init__(self, width: int, *, eps: float, dtype: np.dtype):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((width,), dtype))
 
@@ -88,7 +93,7 @@ class RMSNorm(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One Llama layer, split at attention."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: np.dtype, rngs: nnx.Rngs):
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.rope = config.head_dim, config.rope
         width, qkv_heads = config.d_model, config.num_heads + 2 * config.num_kv_heads
@@ -121,15 +126,20 @@ class DecoderLayer(nnx.Module):
         return x + self.down_proj(jax.nn.silu(gate) * up)
 
 
+def next_token_logits(
+    x: Float[Array, "*b d"], norm: RMSNorm, output_vd: Float[Array, "v d"]
+) -> Float[Array, "*b v"]:
+    """Return float32 scores of the next token."""
+    return jnp.einsum("...d,vd->...v", norm(x), output_vd, preferred_element_type=jnp.float32)
+
+
 class Llama(nnx.Module):
     """Embedding, layers, final norm and output head."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, dtype: np.dtype, rngs: nnx.Rngs):
         self.config = config
         init = jax.nn.initializers.normal(stddev=0.02)
-        self.embedding = nnx.Param(
-            init(rngs.params(), (config.vocab_size, config.d_model), dtype)
-        )
+        self.embedding = nnx.Param(init(rngs.params(), (config.vocab_size, config.d_model), dtype))
         self.layers = nnx.List(
             [DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
         )
@@ -140,14 +150,13 @@ class Llama(nnx.Module):
     def embed(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         return jnp.take(self.embedding[...], tokens, axis=0)
 
+    @property
+    def output_vd(self) -> Float[Array, "v d"]:
+        """The output matrix: the embedding itself where the two are tied."""
+        return self.embedding[...] if self.config.tie_embeddings else self.lm_head.weight[...]
+
     def logits(self, x: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Return float32 scores of the next token."""
-        x = self.norm(x)
-        if self.config.tie_embeddings:
-            scores = jnp.einsum("...d,vd->...v", x, self.embedding[...])
-        else:
-            scores = self.lm_head(x)
-        return scores.astype(jnp.float32)
+        return next_token_logits(x, self.norm, self.output_vd)
 
     def __call__(self, tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t v"]:
         """Score whole sequences with dense causal attention (for training and as a plain twin)."""
@@ -158,3 +167,16 @@ class Llama(nnx.Module):
             q, k, v = layer.pre_attention(x_btd, positions_bt)
             x_btd = layer.post_attention(x_btd, causal_attention(q, k, v))
         return self.logits(x_btd)
+
+
+class LlamaWeights(NamedTuple):
+    """A model's parameters as a plain pytree, in the pieces that stages take.
+
+    layers: the state of each DecoderLayer. norm: of the final RMSNorm. output: the output matrix, None
+    where it is the embedding.
+    """
+
+    embedding: Float[Array, "v d"]
+    layers: tuple[nnx.State, ...]
+    norm: nnx.State
+    output: Float[Array, "v d"] | None
