@@ -103,7 +103,7 @@ class FakeEngine:
         return outputs
 
     def describe(self) -> str:
-        return "strategy    fake"
+        return "strategy   fake"
 
     def metrics(self):
         return {

@@ -137,7 +137,7 @@ def test_results_without_a_tokenizer_have_no_text(job):
     write_input(job, 1)
     assert job.run() == 0
     assert read_output(job.output)[0]["response"]["body"]["choices"][0]["text"] is None
-    assert "tokenizer   none: token-id prompts only" in job.said
+    assert "tokenizer  none: token-id prompts only" in job.said
 
 
 def test_ordered_and_unordered(job):
@@ -208,15 +208,15 @@ def test_plan_comes_before_work_and_summary_after(job):
     assert job.run(metrics=job.folder / "metrics.json") == 0
     lines = job.said.splitlines()
     assert lines[0] == "loading"
-    assert lines[1] == "strategy    fake"
-    assert lines[3].startswith(f"input       {job.input}, ")
-    assert lines[4] == f"output      {job.output}, as they finish; 0 lines finished before"
-    assert lines[5] == "requests    30 finished, 0 failed, 0 finished before"
+    assert lines[1] == "strategy   fake"
+    assert lines[3].startswith(f"input      {job.input}, ")
+    assert lines[4] == f"output     {job.output}, as they finish; 0 lines finished before"
+    assert lines[5] == "requests   30 finished, 0 failed, 0 finished before"
     assert "1.50 s of it compiling" in lines[6]
     assert "prompt tokens/s" in lines[7]
-    assert lines[8].startswith("TTFT        p50 0.1, p90 0.1, p99 0.1 ms")
-    assert lines[9].startswith("TPOT        p50 ")
-    assert lines[10] == "peak memory device 3.00 GiB, host 5.00 MiB"
+    assert lines[8].startswith("TTFT       p50 0.1, p90 0.1, p99 0.1 ms")
+    assert lines[9].startswith("TPOT       p50 ")
+    assert lines[10] == "peak bytes device 3.00 GiB, host 5.00 MiB"
     metrics = json.loads((job.folder / "metrics.json").read_text())
     assert metrics["complete"] is True
     assert metrics["exit_status"] == 0

@@ -37,7 +37,12 @@ def identify(config: Config, tokenizer: Tokenizer | None, model: BatchModel) -> 
     """Return the whole identity. The model's name is not in it: a moved folder is the same job."""
     return {
         **known_before_loading(config, tokenizer),
-        "model": {"fingerprint": model.fingerprint, "dtype": model.dtype},
+        "model": {
+            "fingerprint": model.fingerprint,
+            "dtype": model.dtype,
+            "precision": config.model.precision,
+            "architecture": asdict(model.architecture),  # all there is to tell dummy models apart
+        },
     }
 
 

@@ -206,9 +206,9 @@ class _Job:
             finished += f", {self._index.num_failed} of them failed"
         order = "input order" if options.ordered else "as they finish"
         return (
-            f"tokenizer   {text}\n"
-            f"input       {options.input}, {shown}\n"
-            f"output      {options.output}, {order}; {finished}"
+            f"tokenizer  {text}\n"
+            f"input      {options.input}, {shown}\n"
+            f"output     {options.output}, {order}; {finished}"
         )
 
     def _close(self, journal: Journal, statistics: Statistics, *, complete: bool) -> int:

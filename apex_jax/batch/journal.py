@@ -28,7 +28,8 @@ class Journal:
     """An output file, open and locked.
 
     path: with symbolic links resolved (the file behind one is what gets replaced). is_regular:
-    False for a device or pipe, which is only written to (no lock, no resuming). num_bytes: whole lines on disk; what follows them is torn.
+    False for a device or pipe, which is only written to (no lock, no resuming). num_bytes: whole
+    lines on disk; what follows them is torn.
     """
 
     def __init__(self, path: Path, write: Callable[[int, bytes], int] = os.write) -> None:

@@ -99,11 +99,11 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     """Return the summary of a job, several lines, from what --metrics holds as JSON."""
     requests = metrics["requests"]
     lines = [
-        f"requests    {requests['finished']} finished, {requests['failed']} failed, "
+        f"requests   {requests['finished']} finished, {requests['failed']} failed, "
         f"{requests['finished_before']} finished before",
-        f"time        {metrics['wall_sec']:.2f} s of work, {metrics['startup_sec']:.2f} s to start"
+        f"time       {metrics['wall_sec']:.2f} s of work, {metrics['startup_sec']:.2f} s to start"
         + (f", {metrics['compile_sec']:.2f} s of it compiling" if metrics["compile_sec"] else ""),
-        f"throughput  {metrics['requests_per_sec']:.2f} requests/s, "
+        f"throughput {metrics['requests_per_sec']:.2f} requests/s, "
         f"{metrics['prompt_tokens_per_sec']:.1f} prompt tokens/s, "
         f"{metrics['output_tokens_per_sec']:.1f} output tokens/s",
     ]
@@ -111,11 +111,11 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         times = metrics[name]
         if times is not None:
             shown = ", ".join(f"p{p} {1e3 * times[f'p{p}']:.1f}" for p in PERCENTILES)
-            lines.append(f"{title}        {shown} ms, mean {1e3 * times['mean']:.1f} ms")
+            lines.append(f"{title}       {shown} ms, mean {1e3 * times['mean']:.1f} ms")
     peaks = metrics["peak_bytes"]
     if peaks:
         shown = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in peaks.items())
-        lines.append(f"peak memory {shown}")
+        lines.append(f"peak bytes {shown}")
     return "\n".join(lines)
 
 
