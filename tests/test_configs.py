@@ -1,0 +1,146 @@
+"""The configs are the published models, and every kind of field can be overridden from flags."""
+
+import dataclasses
+import importlib
+import pathlib
+import typing
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from apex_jax.config import Config, ConfigError, LlamaConfig, validate
+from apex_jax.models.hf_config import read_model_folder
+
+# How ml_collections 1.1 runs a config file; it works up to Python 3.14.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+# As the model cards and the headers of the published safetensors count them.
+NUM_PARAMETERS = {
+    "llama_2_7b": 6_738_415_616,
+    "llama_3_8b": 8_030_261_248,
+    "llama_3_1_8b": 8_030_261_248,
+    "llama_3_2_1b": 1_235_814_400,
+    "llama_3_2_3b": 3_212_749_824,
+    "tinyllama_1_1b": 1_100_048_384,
+}
+
+
+def get_config(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def from_flags(name, *overrides) -> Config:
+    """Read a config as the command line does."""
+    values = flags.FlagValues()
+    argv = ["program", f"--config={CONFIGS / name}.py", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    values(argv)
+    return values.config
+
+
+@pytest.mark.parametrize("name", NUM_PARAMETERS)
+def test_parameters_are_as_many_as_published(name):
+    assert get_config(name).model.architecture.num_parameters == NUM_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", NUM_PARAMETERS)
+def test_heads_fit(name):
+    model = get_config(name).model.architecture
+    assert model.num_heads * model.head_dim == model.d_model
+    assert model.num_heads % model.num_kv_heads == 0
+
+
+def test_every_config_is_tested():
+    names = {path.stem for path in CONFIGS.glob("*.py")} - {"__init__"}
+    assert names == {*NUM_PARAMETERS, "default", "demo"}
+
+
+def test_kv_bytes_are_as_the_models_are_known_for():
+    assert get_config("llama_2_7b").model.architecture.kv_bytes_per_token(2) == 512 * 1024
+    assert get_config("llama_3_8b").model.architecture.kv_bytes_per_token(2) == 128 * 1024
+
+
+@pytest.mark.parametrize("name", NUM_PARAMETERS)
+def test_each_call_returns_a_config_of_its_own(name):
+    get_config(name).model.architecture.rope.theta = 1.0
+    assert get_config(name).model.architecture.rope.theta != 1.0
+
+
+@pytest.mark.parametrize("name", NUM_PARAMETERS)
+def test_published_models_need_a_path_or_dummy_weights(name):
+    config = get_config(name)
+    with pytest.raises(ConfigError, match="model folder"):
+        validate(config)
+    config.model.weights = "dummy"
+    validate(config)
+
+
+def test_demo_config_finds_its_model_from_any_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = from_flags("demo")
+    validate(config)
+    assert read_model_folder(config.model.path).architecture.vocab_size == 4096
+
+
+def test_fields_that_are_none_can_be_overridden():
+    config = from_flags(
+        "default",
+        "--config.cache.device_bytes=5",
+        "--config.model.path=/x",
+        "--config.scheduler.max_model_len=7",
+        "--config.compile.layers_per_program=3",
+        "--config.cache.device_fraction=0.5",
+    )
+    assert config.cache.device_bytes == 5
+    assert config.model.path == "/x"
+    assert config.scheduler.max_model_len == 7
+    assert config.compile.layers_per_program == 3
+    assert config.cache.device_fraction == 0.5
+
+
+def test_every_plain_setting_is_a_flag():
+    """Whatever is added to the config: its type is one that ml_collections parses."""
+
+    def paths(owner, prefix):
+        hints = typing.get_type_hints(type(owner))
+        for field in dataclasses.fields(owner):
+            value, kinds = getattr(owner, field.name), typing.get_args(hints[field.name])
+            if dataclasses.is_dataclass(value):
+                yield from paths(value, f"{prefix}{field.name}.")
+            elif LlamaConfig not in kinds:
+                kind = next(iter(kinds), hints[field.name])
+                yield f"{prefix}{field.name}", kind
+
+    for path, kind in paths(Config(), ""):
+        text = {int: "3", float: "0.25", str: "word", bool: "true"}[kind]
+        config: object = from_flags("default", f"--config.{path}={text}")
+        for name in path.split("."):
+            config = getattr(config, name)
+        assert config == kind(text if kind is not bool else True), path
+
+
+def test_nested_architecture_can_be_overridden_where_it_is_given():
+    model = from_flags(
+        "llama_3_1_8b",
+        "--config.model.architecture.num_layers=2",
+        "--config.model.architecture.rope.factor=16.0",
+        "--config.model.architecture.tie_embeddings=true",
+    ).model.architecture
+    assert (model.num_layers, model.rope.factor, model.tie_embeddings) == (2, 16.0, True)
+    assert model.d_model == 4096
+
+
+def test_nested_architecture_can_be_dropped():
+    config = from_flags("llama_3_8b", "--config.model.architecture=none")
+    assert config.model.architecture is None
+
+
+def test_a_value_of_the_wrong_type_is_refused():
+    with pytest.raises(flags.IllegalFlagValueError, match="invalid literal for int"):
+        from_flags("default", "--config.cache.device_bytes=abc")
+
+
+def test_an_unknown_field_is_refused():
+    with pytest.raises(KeyError, match="device_byte"):
+        from_flags("default", "--config.cache.device_byte=5")
