@@ -43,38 +43,37 @@ def sample(logits_bv: Float[Array, "b v"], rows: SamplingRows) -> Int[Array, "b"
     Searches the best NUM_CANDIDATES tokens, and the whole vocabulary only for rows whose cut may
     reach beyond them: exact either way. Scores equal to the last one kept are kept too.
     """
-    temperatures_b1 = jnp.where(rows.temperatures_b > 0, rows.temperatures_b, 1.0)[:, None]
-    scores_bv = logits_bv / temperatures_b1
-    num_candidates = min(NUM_CANDIDATES, scores_bv.shape[1])
+    vocab = logits_bv.shape[1]
+    is_greedy = rows.temperatures_b == 0
+    temperatures_b1 = jnp.where(is_greedy, 1.0, jnp.maximum(rows.temperatures_b, 1e-30))[:, None]
+    # The best score is 0: dividing by a tiny temperature then sends only the others to infinity.
+    scores_bv = (logits_bv - logits_bv.max(-1, keepdims=True)) / temperatures_b1
+    rows = rows._replace(top_ks_b=jnp.where(rows.top_ks_b < vocab, rows.top_ks_b, 0))
+    num_candidates = min(NUM_CANDIDATES, vocab)
     top_bc, ids_bc = jax.lax.top_k(scores_bv, num_candidates)
     log_total_b = jax.nn.logsumexp(scores_bv, axis=-1)
 
-    is_greedy = rows.temperatures_b == 0
     has_small_k = (rows.top_ks_b > 0) & (rows.top_ks_b < num_candidates)
     is_uncut = (rows.top_ks_b == 0) & (rows.top_ps_b >= 1)
     mass_b = jnp.exp(top_bc - log_total_b[:, None]).sum(-1)
     # More than top_p by more than the sum's rounding: then the cut lies within.
     nucleus_is_within = (rows.top_ks_b == 0) & (mass_b > rows.top_ps_b + 1e-5)
+    lowest_of_candidates_b1 = _lowest_kept_of_sorted(top_bc, log_total_b, rows)
+    # What equals the last candidate may go on beyond it (half precision has few distinct scores).
+    last_b = top_bc[:, -1]
+    holds_all_kept = (lowest_of_candidates_b1[:, 0] > last_b) | (last_b == -jnp.inf)
     levels_b = jnp.where(
-        is_greedy | has_small_k | nucleus_is_within,
+        is_greedy | ((has_small_k | nucleus_is_within) & holds_all_kept),
         CANDIDATES,
         jnp.where(is_uncut, WHOLE_UNCUT, WHOLE_CUT),
     )
 
     def from_candidates() -> Int[Array, "b"]:
-        rank = jnp.arange(num_candidates)[None, :]
-        in_top_k = (rows.top_ks_b[:, None] == 0) | (rank < rows.top_ks_b[:, None])
-        kept_bc = jnp.where(in_top_k, top_bc, -jnp.inf)
-        log_kept_b = jnp.where(rows.top_ks_b > 0, jax.nn.logsumexp(kept_bc, axis=-1), log_total_b)
-        probabilities_bc = jnp.exp(kept_bc - log_kept_b[:, None])
-        mass_before_bc = jnp.cumsum(probabilities_bc, axis=-1) - probabilities_bc
-        in_top_p = (mass_before_bc < rows.top_ps_b[:, None]) | (rank == 0)
-        lowest_b1 = jnp.where(in_top_k & in_top_p, top_bc, jnp.inf).min(-1, keepdims=True)
-        best_b1 = _draw(top_bc, ids_bc, lowest_b1, rows)[:, None]
+        best_b1 = _draw(top_bc, ids_bc, lowest_of_candidates_b1, rows)[:, None]
         return jnp.take_along_axis(ids_bc, best_b1, axis=1)[:, 0]
 
     def from_whole(lowest_b1: Float[Array, "b 1"]) -> Int[Array, "b"]:
-        ids_bv = jnp.broadcast_to(jnp.arange(scores_bv.shape[1]), scores_bv.shape)
+        ids_bv = jnp.broadcast_to(jnp.arange(vocab), scores_bv.shape)
         drawn_b = _draw(scores_bv, ids_bv, lowest_b1, rows)
         return jnp.where(levels_b == CANDIDATES, from_candidates(), drawn_b)
 
@@ -98,6 +97,22 @@ def _draw(
     """Return the column of each row's draw among scores of at least the lowest kept."""
     noisy_bc = scores_bc + token_noise(rows, ids_bc)
     return jnp.argmax(jnp.where(scores_bc >= lowest_b1, noisy_bc, -jnp.inf), axis=-1)
+
+
+def _lowest_kept_of_sorted(
+    top_bc: Float[Array, "b c"], log_total_b: Float[Array, "b"], rows: SamplingRows
+) -> Float[Array, "b 1"]:
+    """Return the lowest of the candidates, which are in order, that survives top-k and top-p."""
+    top_ks_b1, top_ps_b1 = rows.top_ks_b[:, None], rows.top_ps_b[:, None]
+    kth_b1 = jnp.clip(top_ks_b1 - 1, 0, top_bc.shape[1] - 1)
+    in_top_k = (top_ks_b1 == 0) | (top_bc >= jnp.take_along_axis(top_bc, kth_b1, axis=1))
+    kept_bc = jnp.where(in_top_k, top_bc, -jnp.inf)
+    log_kept_b = jnp.where(rows.top_ks_b > 0, jax.nn.logsumexp(kept_bc, axis=-1), log_total_b)
+    probabilities_bc = jnp.exp(kept_bc - log_kept_b[:, None])
+    mass_before_bc = jnp.cumsum(probabilities_bc, axis=-1) - probabilities_bc
+    # The best one is always kept; and a sum that rounds to 1 early cuts nothing where top_p is 1.
+    in_top_p = (mass_before_bc < top_ps_b1) | (top_ps_b1 >= 1) | (top_bc == top_bc[:, :1])
+    return jnp.where(in_top_k & in_top_p, top_bc, jnp.inf).min(-1, keepdims=True)
 
 
 def _lowest_kept(scores_bv: Float[Array, "b v"], rows: SamplingRows) -> Float[Array, "b 1"]:
@@ -130,7 +145,9 @@ def _lowest_kept(scores_bv: Float[Array, "b v"], rows: SamplingRows) -> Float[Ar
     weights_bv = jnp.where(keys_bv >= top_k_b1, weights_bv, 0)
     target_b1 = weights_bv.sum(-1, keepdims=True) * jnp.minimum(rows.top_ps_b[:, None], 1)
     top_p_b1 = jnp.where(rows.top_ps_b[:, None] < 1, highest_threshold(weights_bv, target_b1), 0)
-    is_kept = keys_bv >= jnp.maximum(top_k_b1, top_p_b1)
+    # A top_p that rounds to 0 is met above the best score, which is kept all the same.
+    lowest_b1 = jnp.minimum(jnp.maximum(top_k_b1, top_p_b1), keys_bv.max(-1, keepdims=True))
+    is_kept = keys_bv >= lowest_b1
     return jnp.where(is_kept, scores_bv, jnp.inf).min(-1, keepdims=True)
 
 
