@@ -38,6 +38,8 @@ def load(path: Path, abstract: LlamaWeights, device: jax.Device) -> LlamaWeights
     # Orbax and tensorstore raise whatever a file happens to break: there is no narrower class.
     except Exception as error:
         raise ConfigError(f"{path} is not an Orbax checkpoint: {error}") from error
+    if stored is None:  # and the reason is in Orbax's log
+        raise ConfigError(f"{path} cannot be read: the descriptions of its tensors are damaged")
     _check(path, dict(_leaves(stored)), dict(_leaves(target)))
     try:
         tree = ocp.load(str(path.absolute()), target)

@@ -107,7 +107,7 @@ def read_headers(folder: Path) -> Mapping[str, Tensor]:
         raise ConfigError(f"{index_path} is not an index of shards: {error!r}") from None
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).exists():
+        if Path(shard).name != shard or not (folder / shard).is_file():
             raise ConfigError(f"{index_path} lists {shard!r}, which is not in the folder")
         header = _read_header(folder / shard)
         tensors |= {name: header[name] for name in header if shard_of.get(name, shard) == shard}

@@ -5,11 +5,13 @@ Each layer's state is an nnx.State of plain arrays: nnx.merge takes it like one 
 sweep that passes all layers as arguments flattens it four times as fast. Called by the engine.
 """
 
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt32
 
@@ -23,7 +25,7 @@ __all__ = ["abstract", "dummy", "fingerprint", "graphs", "load", "to_module"]
 _DUMMY_STD = 0.02  # as models are initialised: activations grow slowly enough for float16
 
 
-def abstract(model: LlamaConfig, dtype: jnp.dtype) -> LlamaWeights:
+def abstract(model: LlamaConfig, dtype: np.dtype) -> LlamaWeights:
     """Return the shapes and dtypes of all weights: programs compile before they are loaded."""
     state = nnx.to_pure_dict(nnx.state(_abstract_module(model, dtype)))
     return LlamaWeights(
@@ -35,14 +37,14 @@ def abstract(model: LlamaConfig, dtype: jnp.dtype) -> LlamaWeights:
 
 
 def graphs(
-    model: LlamaConfig, dtype: jnp.dtype
+    model: LlamaConfig, dtype: np.dtype
 ) -> tuple[nnx.GraphDef[DecoderLayer], nnx.GraphDef[RMSNorm]]:
     """Return what nnx.merge needs beside the state of a layer, and of the final norm."""
     module = _abstract_module(model, dtype)
     return nnx.graphdef(module.layers[0]), nnx.graphdef(module.norm)
 
 
-def load(folder: Path, model: LlamaConfig, dtype: jnp.dtype, device: jax.Device) -> LlamaWeights:
+def load(folder: Path, model: LlamaConfig, dtype: np.dtype, device: jax.Device) -> LlamaWeights:
     """Read the weights of a safetensors or Orbax folder into `device`, cast to `dtype`.
 
     Raises ConfigError naming the tensor and file that are missing, unknown, misshapen or damaged,
@@ -59,14 +61,14 @@ def load(folder: Path, model: LlamaConfig, dtype: jnp.dtype, device: jax.Device)
     return orbax_store.load(folder / ORBAX_FOLDER, abstract(model, dtype), device)
 
 
-def dummy(model: LlamaConfig, dtype: jnp.dtype, device: jax.Device, seed: int) -> LlamaWeights:
+def dummy(model: LlamaConfig, dtype: np.dtype, device: jax.Device, seed: int) -> LlamaWeights:
     """Make random weights on `device`; equal for equal seeds, on any device."""
     leaves, structure = jax.tree.flatten(abstract(model, dtype))
     sharding = jax.sharding.SingleDeviceSharding(device)
     fill = jax.jit(_fill, static_argnums=(0, 1), out_shardings=sharding)
     with jax.default_device(device):
         filled = [
-            fill(leaf.shape, leaf.dtype, jnp.uint32((seed * len(leaves) + index) % 2**32))
+            fill(leaf.shape, leaf.dtype, jnp.uint32(zlib.crc32(f"{seed},{index}".encode())))
             for index, leaf in enumerate(leaves)
         ]
     return jax.tree.unflatten(structure, filled)
@@ -84,11 +86,11 @@ def to_module(model: LlamaConfig, weights: LlamaWeights) -> Llama:
     return nnx.merge(nnx.graphdef(_abstract_module(model, weights.embedding.dtype)), state)
 
 
-def _abstract_module(model: LlamaConfig, dtype: jnp.dtype) -> Llama:
+def _abstract_module(model: LlamaConfig, dtype: np.dtype) -> Llama:
     return nnx.eval_shape(lambda: Llama(model, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def _fill(shape: tuple[int, ...], dtype: jnp.dtype, seed: UInt32[Array, ""]) -> Float[Array, "..."]:
+def _fill(shape: tuple[int, ...], dtype: np.dtype, seed: UInt32[Array, ""]) -> Float[Array, "..."]:
     """Fill a matrix uniformly with the standard deviation above, a vector (a norm's scale) with 1.
 
     A hash of the element's number, because it fuses into the store. jax.random wants 12 bytes of
@@ -96,8 +98,7 @@ def _fill(shape: tuple[int, ...], dtype: jnp.dtype, seed: UInt32[Array, ""]) -> 
     """
     if len(shape) == 1:
         return jnp.ones(shape, dtype)
-    key = _mix(seed + jnp.uint32(0x9E3779B9))
-    bits = _mix(jax.lax.iota(jnp.uint32, shape[0] * shape[1]) ^ key)
+    bits = _mix(jax.lax.iota(jnp.uint32, shape[0] * shape[1]) ^ seed)
     unit = bits.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-31)  # in [-1, 1]
     return (unit * jnp.float32(_DUMMY_STD * 3**0.5)).astype(dtype).reshape(shape)
 
