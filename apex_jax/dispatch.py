@@ -6,7 +6,7 @@ is the plan's. Every schedule is this loop with another policy, on every backend
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -39,6 +39,7 @@ class Head:
 Stage = Embed | Layers | Head
 
 
+@runtime_checkable
 class Handle(Protocol):
     """What a stage will yield; it may be given to the next stage long before it is ready."""
 
@@ -47,6 +48,7 @@ class Handle(Protocol):
         ...
 
 
+@runtime_checkable
 class Backend(Protocol):
     """Hardware as the loop sees it. Stages run in the order of their enqueueing."""
 

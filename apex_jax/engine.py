@@ -62,13 +62,14 @@ class Engine:
 
     @classmethod
     def create(cls, config: Config, on_progress: Callable[[str], None]) -> "Engine":
-        """Load the model, take its memory and compile everything; ConfigError says what cannot be."""
+        """Load the model, take its memory, compile; ConfigError says what cannot be had."""
         validate(config)
         device = choose_device(config.device.platform)
         folder = _read_folder(config)
         architecture = folder.architecture if folder else config.model.architecture
         assert architecture is not None  # validate() has seen to it
-        dtype = choose_dtype(config.model.dtype, folder.dtype if folder else None, device)
+        capability = getattr(device, "compute_capability", None)
+        dtype = choose_dtype(config.model.dtype, folder.dtype if folder else None, capability)
         memory = plan_memory(config, architecture, dtype, device)
         if config.compile.cache_dir:
             _use_cache(Path(config.compile.cache_dir).expanduser())
@@ -229,17 +230,18 @@ def choose_device(platform: str) -> jax.Device:
         ) from None
 
 
-def choose_dtype(requested: str, published: str | None, device: jax.Device) -> np.dtype:
-    """Return the dtype of weights, activations and KV cache, as ModelConfig.dtype says."""
+def choose_dtype(requested: str, published: str | None, compute_capability: str | None) -> np.dtype:
+    """Return the dtype of weights, activations and KV cache, as ModelConfig.dtype says.
+
+    published: the checkpoint's. compute_capability: of an NVIDIA GPU, such as "7.5"; None on a CPU.
+    """
     if requested != "auto":
         return jnp.dtype(requested)
-    if device.platform == "cpu":
+    if compute_capability is None:
         return jnp.dtype("float32")
-    dtype = published or "float16"
-    capability = float(getattr(device, "compute_capability", "8.0"))
-    if dtype == "bfloat16" and capability < 8.0:
-        dtype = "float16"
-    return jnp.dtype(dtype)
+    if published == "bfloat16" and float(compute_capability) < 8.0:
+        return jnp.dtype("float16")
+    return jnp.dtype(published or "float16")
 
 
 def _read_folder(config: Config) -> ModelFolder | None:

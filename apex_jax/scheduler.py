@@ -202,7 +202,8 @@ class Scheduler:
         """Return the state of the queues in a line, for error messages."""
         return (
             f"{len(self._running)} running, {len(self._waiting)} waiting, "
-            f"{len(self._flights)} sweeps in flight, {self._pool.num_free} of {self._pool.num_pages} pages and "
+            f"{len(self._flights)} sweeps in flight, "
+            f"{self._pool.num_free} of {self._pool.num_pages} pages and "
             f"{len(self._free_slots)} of {self.max_requests} slots free"
         )
 

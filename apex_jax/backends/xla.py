@@ -7,6 +7,7 @@ batch for its bucket. Called by the dispatch loop; knows nothing of requests.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,12 @@ class HiddenHandle:
     x_bd: the rows that a head may sample; for a chunk its last tokens, None before the first layer.
     """
 
-    x: Float[Array, "*b d"]
+    x: Float[Array, "*batch d"]
     x_bd: Float[Array, "b d"] | None
     arrays: DecodeArrays | PrefillArrays
 
     @property
-    def marker(self) -> Array:
+    def marker(self) -> Any:  # an Array; `is_ready` is missing from its stub
         return self.x
 
     def read(self) -> Int32[np.ndarray, "b"]:
@@ -46,17 +47,17 @@ class HiddenHandle:
 
 @dataclass(frozen=True)
 class TokensHandle:
-    """Tokens sampled by a head, on their way to the host."""
+    """Tokens sampled by a head, on their way to the host, and the rows of them that count."""
 
     tokens_b: Int[Array, "b"]
-    rows_b: Int32[np.ndarray, "b"]
+    rows_i: Int32[np.ndarray, "i"]
 
     @property
-    def marker(self) -> Array:
+    def marker(self) -> Any:
         return self.tokens_b
 
-    def read(self) -> Int32[np.ndarray, "b"]:
-        return np.asarray(self.tokens_b)[self.rows_b]
+    def read(self) -> Int32[np.ndarray, "i"]:
+        return np.asarray(self.tokens_b)[self.rows_i]
 
 
 class XlaBackend:

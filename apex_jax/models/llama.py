@@ -172,8 +172,8 @@ class Llama(nnx.Module):
 class LlamaWeights(NamedTuple):
     """A model's parameters as a plain pytree, in the pieces that stages take.
 
-    layers: the state of each DecoderLayer. norm: of the final RMSNorm. output: the output matrix, None
-    where it is the embedding.
+    layers: the state of each DecoderLayer. norm: of the final RMSNorm. output: the output matrix,
+    None where it is the embedding.
     """
 
     embedding: Float[Array, "v d"]

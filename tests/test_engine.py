@@ -1,0 +1,374 @@
+"""The whole engine on real programs: tokens, memory, compilation, and what it says when it cannot.
+
+Engines are built once each (four shapes); pool size, rows and chunks vary by giving the same engine
+another scheduler, whose limits are logical caps over the same arrays.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+
+import jax
+import near_tie
+import numpy as np
+import pytest
+import reference
+
+from apex_jax import sampling
+from apex_jax.config import (
+    CacheConfig,
+    CompileConfig,
+    Config,
+    ConfigError,
+    DeviceConfig,
+    LlamaConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
+from apex_jax.dispatch import StuckError
+from apex_jax.engine import Engine, choose_dtype
+from apex_jax.models import weights
+from apex_jax.models.hf_config import read_model_folder
+from apex_jax.plan import HeadBatch
+from apex_jax.request import Request, RequestError, SamplingParams
+from apex_jax.scheduler import Scheduler
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+CPU = jax.devices("cpu")[0]
+# Wide enough that XLA runs its programs on other threads: smaller ones never show asynchrony.
+WIDE = LlamaConfig(
+    num_layers=2,
+    d_model=256,
+    d_ffn=320,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    vocab_size=200,
+    max_position_embeddings=160,
+)
+
+
+def make_config(**model):
+    return Config(
+        model=ModelConfig(**model),
+        scheduler=SchedulerConfig(max_requests=4, max_prefill_tokens=16, max_model_len=160),
+        device=DeviceConfig(platform="cpu"),
+    )
+
+
+@functools.cache
+def golden_engine(name):
+    config = make_config(path=str(GOLDEN / name))
+    if name == "rope_llama3":
+        config.compile.layers_per_program = 1
+    return Engine.create(config, lambda line: None)
+
+
+@functools.cache
+def wide_engine():
+    config = make_config(weights="dummy", architecture=WIDE, seed=5)
+    return Engine.create(config, lambda line: None)
+
+
+def with_scheduler(engine, *, num_pages=None, max_requests=4, chunks=None, eos=frozenset()):
+    """Return an engine on the same arrays and programs whose scheduler has other limits."""
+    shapes = engine.programs.buckets
+    scheduler = Scheduler(
+        buckets=dataclasses.replace(shapes, chunks=chunks or shapes.chunks),
+        num_pages=num_pages or engine.memory.num_pages,
+        max_requests=max_requests,
+        max_model_len=engine.memory.max_model_len,
+        vocab_size=engine.model.architecture.vocab_size,
+        eos_token_ids=eos,
+    )
+    return Engine(
+        engine.model,
+        scheduler,
+        engine._dispatch,
+        engine.programs,
+        engine.memory,
+        engine._device,
+        engine._setup_sec,
+    )
+
+
+def run(engine, requests):
+    """Return each request's tokens."""
+    for request in requests:
+        engine.submit(request)
+    outputs = {}
+    while engine.num_unfinished:
+        for output in engine.step():
+            outputs[output.request.request_id] = output
+    assert len(outputs) == len(requests)
+    return [list(outputs[request.request_id].token_ids) for request in requests]
+
+
+@pytest.mark.parametrize("name", ["gqa_tied_sharded", "mqa_bfloat16", "rope_llama3"])
+def test_greedy_tokens_are_those_of_transformers(name):
+    with np.load(GOLDEN / name / "expected.npz") as file:
+        expected = dict(file)
+    requests, right, margins, stds = [], [], [], []
+    for index, length in enumerate(expected["prompt_lengths"]):
+        tokens = expected[f"tokens_{index}"].tolist()
+        params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+        requests.append(Request(str(index), tuple(tokens[:length]), params))
+        right.append(tokens[length:])
+        margins.append(expected[f"margins_{index}"])
+        stds.append(expected[f"stds_{index}"])
+    got = run(golden_engine(name), requests)
+    near_tie.assert_equal_but_for_ties(got, right, margins, stds)
+
+
+# How the same requests may be run: scheduler limits, and whether one after the other.
+WAYS = {
+    "together": {},
+    "alone": {"max_requests": 1},
+    "tiny_chunks": {"chunks": ((1, 4),)},
+    "three_rows": {"max_requests": 3, "chunks": ((1, 16), (4, 4))},
+    "preempted": {"num_pages": 12},
+}
+
+
+def draw_requests(seed):
+    rng = np.random.default_rng(seed)
+    requests = []
+    for index in range(24):
+        prompt = rng.integers(0, WIDE.vocab_size, rng.integers(1, 100)).tolist()
+        greedy = index % 2 == 0
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, 48)),
+            temperature=0.0 if greedy else float(rng.uniform(0.5, 1.5)),
+            top_k=int(rng.choice([0, 5, 100])),
+            top_p=float(rng.choice([1.0, 0.8])),
+            seed=int(rng.integers(2**63)),
+            ignore_eos=True,
+        )
+        requests.append(Request(str(index), tuple(prompt), params))
+    return requests
+
+
+def noise(request, position, num_tokens):
+    """The engine's own noise: what is tested here is where it lands, test_sampling has the rest."""
+    head = HeadBatch.of([0], [0], [position], [request.sampling])
+    rows = sampling.SamplingRows(
+        head.temperatures_b,
+        head.top_ks_b,
+        head.top_ps_b,
+        jax.numpy.asarray(head.seeds_b2),
+        np.zeros(1, np.int32),
+        head.positions_b,
+    )
+    ids = jax.numpy.arange(num_tokens)[None]
+    return np.asarray(sampling.token_noise(rows, ids)[0], np.float64)
+
+
+def reference_choice(request, logits_v, position):
+    """Return the token that float64 chooses, and by how many logits it was chosen.
+
+    Where rounding may move a cut by a token, the choice must be the same on both sides of it.
+    """
+    params = request.sampling
+    order = np.argsort(-logits_v, kind="stable")
+    if params.temperature == 0:
+        return order[0], logits_v[order[0]] - logits_v[order[1]]
+    scores = logits_v[order] / params.temperature
+    if params.top_k:
+        scores = scores[: params.top_k]
+    mass = np.cumsum(np.exp(scores - scores.max()))
+    mass /= mass[-1]
+    noisy = scores + noise(request, position, len(order))[order[: len(scores)]]
+    winners, gap = set(), np.inf
+    for top_p in (params.top_p - 1e-5, params.top_p, params.top_p + 1e-5):
+        num_kept = int((mass < top_p).sum()) + 1 if top_p < 1 else len(scores)
+        best = np.argsort(-noisy[:num_kept])[:2]
+        winners.add(order[best[0]])
+        if len(best) > 1:
+            gap = min(gap, noisy[best[0]] - noisy[best[1]])
+    return order[noisy[:num_kept].argmax()], gap * params.temperature * (len(winners) == 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_do_not_depend_on_how_requests_are_run(way):
+    requests = draw_requests(seed=11)
+    engine = with_scheduler(wide_engine(), **WAYS[way])
+    got = run(engine, requests)
+    if way == "preempted":
+        assert engine.metrics()["num_preemptions"] > 0
+    tensors = reference.unfuse(WIDE, weights.dummy(WIDE, np.dtype("float32"), CPU, 5))
+    margins, stds, right = [], [], []
+    for request, tokens in zip(requests, got, strict=True):
+        assert len(tokens) == request.sampling.max_tokens
+        prompt = list(request.prompt_token_ids)
+        logits_tv = reference.logits(WIDE, tensors, prompt + tokens[:-1])[len(prompt) - 1 :]
+        choices = [
+            reference_choice(request, logits_v, len(prompt) + index)
+            for index, logits_v in enumerate(logits_tv)
+        ]
+        # Up to the first difference both continue the same text, and only that far they compare.
+        right.append([int(token) for token, _ in choices])
+        margins.append([margin for _, margin in choices])
+        stds.append(logits_tv.std(-1))
+    near_tie.assert_equal_but_for_ties(got, right, margins, stds)
+
+
+def test_stop_tokens_end_the_output_and_stay_in_it():
+    request = draw_requests(seed=3)[0]
+    params = dataclasses.replace(request.sampling, max_tokens=40)
+    [whole] = run(with_scheduler(wide_engine()), [dataclasses.replace(request, sampling=params)])
+    stop = whole[7]
+    expected = whole[: whole.index(stop) + 1]
+    params = dataclasses.replace(params, stop_token_ids=(stop,))
+    [stopped] = run(with_scheduler(wide_engine()), [dataclasses.replace(request, sampling=params)])
+    assert stopped == expected
+    params = dataclasses.replace(params, stop_token_ids=(), ignore_eos=False)
+    engine = with_scheduler(wide_engine(), eos=frozenset({stop}))
+    [ended] = run(engine, [dataclasses.replace(request, sampling=params)])
+    assert ended == expected
+
+
+def test_nothing_compiles_after_warm_up():
+    engine = with_scheduler(wide_engine())
+    run(engine, draw_requests(seed=1)[:2])
+    compiled = []
+
+    def listen(event, duration_sec, **kwargs):
+        if "backend_compile" in event or "jaxpr_trace" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 3)(np.float32(1))
+        assert compiled, "the listener hears nothing"
+        compiled.clear()
+        run(engine, draw_requests(seed=2))
+        run(with_scheduler(engine, max_requests=3), draw_requests(seed=4))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled == []
+
+
+def test_pages_are_updated_in_place():
+    engine = wide_engine()
+    shape = (engine.memory.num_pages, WIDE.num_kv_heads, 16, WIDE.head_dim)
+    pool = f"f32[{','.join(map(str, shape))}]"
+    num_checked = 0
+    for key in engine.programs.compile_sec:
+        if not key.stage.startswith("layers"):
+            continue
+        text = engine.programs.hlo_text(key)
+        assert pool in text
+        assert re.search(r"= " + re.escape(pool) + r"\S* copy\(", text) is None, key
+        header = text.splitlines()[0]
+        assert header.count("may-alias") + header.count("must-alias") == 2 * WIDE.num_layers
+        num_checked += 1
+    assert num_checked == 10
+
+
+def test_the_plan_is_printed_and_the_metrics_are_json():
+    engine = with_scheduler(wide_engine())
+    text = engine.describe()
+    for part in ("device_only", "float32", "40 pages of 16 tokens", "4 requests at once", "1x16"):
+        assert part in text
+    run(engine, draw_requests(seed=9))
+    metrics = json.loads(json.dumps(engine.metrics()))
+    assert metrics["num_executables"] == engine.programs.buckets.num_executables
+    assert metrics["planned_bytes"]["kv_cache"] == 40 * 16 * WIDE.kv_bytes_per_token(4)
+    assert metrics["max_pages"] <= metrics["num_pages"] == 40
+    assert metrics["num_sweeps"] > 0
+
+
+def test_warm_up_shows_progress(tmp_path):
+    config = make_config(path=str(GOLDEN / "gqa_tied_sharded"))
+    lines = []
+    Engine.create(config, lines.append)
+    assert any(re.match(r"compiled \d+ of \d+ programs", line) for line in lines)
+    assert any("loading weights from" in line for line in lines)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_the_dense_model(dtype):
+    folder = GOLDEN / "gqa_tied_sharded"
+    config = make_config(path=str(folder), dtype=dtype)
+    config.scheduler = SchedulerConfig(max_requests=2, max_prefill_tokens=16, max_model_len=64)
+    engine = Engine.create(config, lambda line: None)
+    assert engine.model.dtype == dtype
+    model = read_model_folder(folder).architecture
+    module = weights.to_module(model, weights.load(folder, model, np.dtype(dtype), CPU))
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(
+            str(index),
+            tuple(rng.integers(0, model.vocab_size, 20).tolist()),
+            SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True),
+        )
+        for index in range(4)
+    ]
+    for request, tokens in zip(requests, run(engine, requests), strict=True):
+        sequence = np.array([[*request.prompt_token_ids, *tokens[:-1]]])
+        logits_tv = np.asarray(module(jax.numpy.asarray(sequence)))[0, 19:]
+        chosen = logits_tv[np.arange(len(tokens)), tokens]
+        # Eight bits of mantissa, a few layers: the chosen score is the best but for such noise.
+        assert (logits_tv.max(-1) - chosen < 0.1 * logits_tv.std(-1)).all()
+
+
+def test_a_request_that_can_never_run_is_refused():
+    engine = with_scheduler(wide_engine())
+    with pytest.raises(RequestError, match="prompt token id 200 is outside the vocabulary"):
+        engine.submit(Request("bad", (200,), SamplingParams()))
+    with pytest.raises(RequestError, match="the limit here is 160"):
+        engine.submit(Request("bad", (1,) * 160, SamplingParams(max_tokens=1)))
+
+
+def test_a_scheduler_that_cannot_go_on_is_reported():
+    engine = with_scheduler(wide_engine())
+    engine.submit(Request("0", (1, 2), SamplingParams()))
+    engine._scheduler.plan_sweep = lambda: None
+    with pytest.raises(StuckError, match="nothing can start: 0 running, 1 waiting"):
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": DeviceConfig(platform="tpu")}, "device.platform is 'tpu'; it must be one of"),
+        ({"device": DeviceConfig(platform="gpu")}, "'gpu', and JAX sees only: cpu"),
+        (
+            {"compile": CompileConfig(layers_per_program=3)},
+            "layers_per_program is 3; it must divide the model's 2 layers",
+        ),
+        ({"compile": CompileConfig(cache_dir="/dev/null/x")}, "cannot be made .Not a directory"),
+        ({"scheduler": SchedulerConfig(strategy="warp")}, "strategy is 'warp'; it must be one of"),
+        ({"cache": CacheConfig(page_size=12)}, "page_size is 12; it must be 8, 16"),
+        ({"model": ModelConfig()}, "model.path is None; it must be a model folder"),
+        (
+            {"model": ModelConfig(weights="dummy")},
+            "it must be a model folder, whose config.json gives the shape",
+        ),
+        ({"model": ModelConfig(path="/nowhere")}, "'/nowhere'; there is no such folder"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused(change, message):
+    config = make_config(weights="dummy", architecture=WIDE)
+    config = dataclasses.replace(config, **change)
+    with pytest.raises(ConfigError, match=message):
+        Engine.create(config, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("requested", "published", "compute_capability", "expected"),
+    [
+        ("auto", "bfloat16", None, "float32"),
+        ("bfloat16", "float16", None, "bfloat16"),
+        ("auto", "bfloat16", "8.6", "bfloat16"),
+        ("auto", "bfloat16", "7.5", "float16"),
+        ("auto", "float32", "7.5", "float32"),
+        ("auto", None, "8.0", "float16"),
+    ],
+)
+def test_the_dtype_follows_the_checkpoint_and_the_device(
+    requested, published, compute_capability, expected
+):
+    assert choose_dtype(requested, published, compute_capability).name == expected
