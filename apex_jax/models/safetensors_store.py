@@ -5,8 +5,7 @@ by name, tensors that are missing, unknown, misshapen, quantized or cut off, bef
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,23 +69,22 @@ def load(
     tensors = read_headers(folder)
     sources = _sources(model)
     _check(folder, model, tensors, sources)
-    with _open_files() as read:
-        if model.tie_embeddings and _OUTPUT in tensors:
-            _check_really_tied(tensors[_OUTPUT], read(tensors[_OUTPUT]), read(tensors[_EMBEDDING]))
+    if model.tie_embeddings and _OUTPUT in tensors:
+        _check_really_tied(tensors[_OUTPUT], _read(tensors[_OUTPUT]), _read(tensors[_EMBEDDING]))
 
-        def place(target: jax.ShapeDtypeStruct, source: _Fused) -> jax.Array:
-            fused = np.empty(target.shape, target.dtype)
-            start = 0
-            for name, shape in source.parts:
-                part = fused[start : start + shape[0]]
-                with np.errstate(over="ignore"):  # reported below, by name
-                    part[...] = read(tensors[name])
-                _check_representable(tensors[name], part)
-                start += shape[0]
-            # Without the wait, transfers would queue up and keep all of the model on the host.
-            return jax.device_put(fused, device).block_until_ready()
+    def place(target: jax.ShapeDtypeStruct, source: _Fused) -> jax.Array:
+        fused = np.empty(target.shape, target.dtype)
+        start = 0
+        for name, shape in source.parts:
+            part = fused[start : start + shape[0]]
+            with np.errstate(over="ignore"):  # reported below, by name
+                part[...] = _read(tensors[name])
+            _check_representable(tensors[name], part)
+            start += shape[0]
+        # Without the wait, transfers would queue up and keep all of the model on the host.
+        return jax.device_put(fused, device).block_until_ready()
 
-        return jax.tree.map(place, abstract, sources)
+    return jax.tree.map(place, abstract, sources)
 
 
 def stored_dtype(folder: Path) -> jnp.dtype:
@@ -233,20 +231,10 @@ def _check_representable(tensor: Tensor, values: np.ndarray) -> None:
         )
 
 
-@contextmanager
-def _open_files() -> Iterator[Any]:
-    """Give a function that reads a tensor into memory of its own and keeps its file open."""
-    files: dict[Path, Any] = {}
-
-    def read(tensor: Tensor) -> np.ndarray:
-        try:
-            if tensor.path not in files:
-                files[tensor.path] = safetensors.safe_open(tensor.path, framework="numpy")
-            return files[tensor.path].get_tensor(tensor.name)
-        except safetensors.SafetensorError as error:
-            raise ConfigError(f"{tensor.path}: tensor {tensor.name}: {error}") from None
-
+def _read(tensor: Tensor) -> np.ndarray:
+    """Copy a tensor into memory of its own, and unmap its file: mapped pages count as resident."""
     try:
-        yield read
-    finally:
-        files.clear()  # the last reference closes a file
+        with safetensors.safe_open(tensor.path, framework="numpy") as file:
+            return file.get_tensor(tensor.name)
+    except safetensors.SafetensorError as error:
+        raise ConfigError(f"{tensor.path}: tensor {tensor.name}: {error}") from None
