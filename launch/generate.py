@@ -11,6 +11,7 @@ signal's number when interrupted. After 3 and signals the same command goes on w
 
 import dataclasses
 import difflib
+import logging
 import re
 import sys
 import traceback
@@ -44,6 +45,7 @@ _RETRY_FAILED = flags.DEFINE_bool(
 
 def create_engine(config: Config, on_progress: Callable[[str], None]) -> BatchEngine:
     """Load the real engine. Imported late: a misspelt flag should not wait for jax."""
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells which backends it lacks
     from apex_jax.engine import Engine
 
     return Engine.create(config, on_progress)
