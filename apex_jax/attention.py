@@ -73,11 +73,14 @@ def prefill_attention(
     v_pages_pkzh: Float[Array, "p k z h"],
     block_table_bm: Int[Array, "b m"],
     starts_b: Int[Array, "b"],
+    lengths_b: Int[Array, "b"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Attend a chunk of queries per row causally to the pages of its sequence, itself included.
 
-    starts_b: index of each chunk's first token. The context (all m pages of the table) is walked in
-    steps of a few pages with a running softmax; how many is known when the program is compiled.
+    starts_b: index of each chunk's first token. lengths_b: tokens of the chunk, the queries after
+    them being padding; 0 for a padding row, None for t. Without it, what lies in the slots that
+    only padding sees must be finite. The context (all m pages of the table) is walked in steps of a
+    few pages with a running softmax; how many is known when the program is compiled.
     """
     b, t, n, h = q_btnh.shape
     k_heads, z = k_pages_pkzh.shape[1:3]
@@ -87,19 +90,21 @@ def prefill_attention(
     table_bsm = jnp.pad(block_table_bm, ((0, 0), (0, padding))).reshape(b, num_steps, step_pages)
     q_bkgth = q_btnh.reshape(b, t, k_heads, n // k_heads, h).transpose(0, 2, 3, 1, 4)
     query_index_bt = starts_b[:, None] + jnp.arange(t)[None, :]
+    ends_b1 = (starts_b + (t if lengths_b is None else lengths_b))[:, None]
 
     def step(carry, step_index_and_pages):
         max_bkgt, sum_bkgt, attended_bkgth = carry
         step_index, pages_bm = step_index_and_pages
         kv_index_s = step_index * step_pages * z + jnp.arange(step_pages * z)
-        visible_bts = kv_index_s[None, None, :] <= query_index_bt[:, :, None]
+        used_bs = kv_index_s[None, :] < ends_b1
+        is_past_bts = kv_index_s[None, None, :] <= query_index_bt[:, :, None]
+        visible_bts = is_past_bts & used_bs[:, None, :]
         k_bmkzh = k_pages_pkzh.at[pages_bm].get(mode="clip")
-        v_bmkzh = _gather_used(v_pages_pkzh, pages_bm, visible_bts[:, -1])
+        v_bmkzh = _gather_used(v_pages_pkzh, pages_bm, used_bs)
         scores = jnp.einsum(
             "bkgth,bmkzh->bkgtmz", q_bkgth, k_bmkzh, preferred_element_type=jnp.float32
         ).reshape(*max_bkgt.shape, step_pages * z)
         scores = jnp.where(visible_bts[:, None, None], scores * h**-0.5, -jnp.inf)
-        # The first step holds token 0, which every query sees: then the maximum is finite.
         new_max = jnp.maximum(max_bkgt, scores.max(-1))
         rescale = jnp.exp(max_bkgt - new_max)
         weights = jnp.exp(scores - new_max[..., None])
@@ -114,13 +119,14 @@ def prefill_attention(
 
     shape = q_bkgth.shape[:-1]
     start = (
-        jnp.full(shape, -jnp.inf, jnp.float32),
+        # Not -inf: a padding row sees nothing, and -inf less -inf is NaN.
+        jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32),
         jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, h), jnp.float32),
     )
     steps = (jnp.arange(num_steps), table_bsm.transpose(1, 0, 2))
     (_, sum_bkgt, attended_bkgth), _ = jax.lax.scan(step, start, steps)
-    attended_bkgth = attended_bkgth / sum_bkgt[..., None]
+    attended_bkgth = attended_bkgth / jnp.maximum(sum_bkgt, 1e-30)[..., None]
     return attended_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q_btnh.dtype)
 
 
