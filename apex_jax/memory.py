@@ -66,7 +66,11 @@ def plan_memory(
         num_pages = min(config.cache.device_bytes // bytes_of_page, most_pages)
         _check_device_bytes(config.cache.device_bytes, bytes_of_page, free_bytes, weight_bytes)
     else:
-        assert free_bytes is not None, f"{device.device_kind} does not tell its free memory"
+        if free_bytes is None:
+            raise ConfigError(
+                f"{device.device_kind} does not say how much of its memory is free; size the KV "
+                "cache with --config.cache.device_bytes"
+            )
         left_bytes = free_bytes * config.cache.device_fraction - weight_bytes - scratch_bytes
         # A decode program gathers up to one layer's pages, keys and values, beside the pool.
         num_pages = int(left_bytes / (bytes_of_page * (1 + 1 / model.num_layers)))
@@ -74,9 +78,9 @@ def plan_memory(
         if num_pages < 1:
             raise ConfigError(
                 f"no memory is left for the KV cache: {free_bytes / GIB:.2f} GiB are free, of "
-                "which "
-                f"--config.cache.device_fraction={config.cache.device_fraction:g} may be used; the "
-                f"weights take {weight_bytes / GIB:.2f} and scratch {scratch_bytes / GIB:.2f} GiB"
+                f"which --config.cache.device_fraction={config.cache.device_fraction:g} may be "
+                f"used; the weights take {weight_bytes / GIB:.2f} and scratch "
+                f"{scratch_bytes / GIB:.2f} GiB"
             )
     pool_tokens = num_pages * config.cache.page_size
     if config.scheduler.max_model_len is not None and max_len > pool_tokens:
@@ -106,20 +110,23 @@ def free_device_bytes(device: jax.Device) -> int | None:
     return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
-def free_host_bytes() -> int | None:
-    """Return available memory, or what the control group leaves where that is less; None if
-    unknown.
+def free_host_bytes(root: Path = Path("/")) -> int | None:
+    """Return available memory, or what the control group leaves where that is less.
+
+    None where neither is known. root: of the file system, for tests.
     """
     candidates: list[int] = []
-    meminfo = Path("/proc/meminfo")
+    meminfo = root / "proc/meminfo"
     if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        candidates.append(int(fields["MemAvailable"].split()[0]) * 1024)
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                candidates.append(int(line.split()[1]) * 1024)
+    cgroup = root / "sys/fs/cgroup"
     for limit_name, used_name in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        limit, used = Path("/sys/fs/cgroup", limit_name), Path("/sys/fs/cgroup", used_name)
+        limit, used = cgroup / limit_name, cgroup / used_name
         if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
             candidates.append(int(limit.read_text()) - int(used.read_text()))
     return min(candidates, default=None)

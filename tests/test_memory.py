@@ -1,0 +1,212 @@
+"""The memory plan: from bytes to pages, and a word to the user where that does not work out."""
+
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apex_jax import memory
+from apex_jax.config import Config, ConfigError, LlamaConfig
+from apex_jax.kv_cache import allocate, page_bytes
+from apex_jax.memory import GIB, free_device_bytes, free_host_bytes, plan_memory
+
+F32, F16 = np.dtype("float32"), np.dtype("float16")
+MODEL = LlamaConfig(
+    num_layers=4,
+    d_model=64,
+    d_ffn=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    vocab_size=1000,
+    max_position_embeddings=512,
+)
+# Embedding and output; per layer q and o, k and v, three of the MLP, two norms; the last norm.
+NUM_PARAMETERS = 2 * 64_000 + 4 * (2 * 4096 + 2 * 2048 + 3 * 8192 + 128) + 64
+PAGE_BYTES = 2 * 4 * 2 * 16 * 16 * 4  # keys and values, layers, heads, width, tokens, float32
+
+
+def config_of(**settings):
+    config = Config()
+    config.scheduler.max_requests = 8
+    for name, value in settings.items():
+        owner = next(one for one in (config.cache, config.scheduler) if hasattr(one, name))
+        setattr(owner, name, value)
+    return config
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    """Plan as if that many bytes were free."""
+
+    def plan_with(free_bytes, dtype=F32, model=MODEL, **settings):
+        monkeypatch.setattr(memory, "free_device_bytes", lambda device: free_bytes)
+        return plan_memory(config_of(**settings), model, dtype, jax.devices()[0])
+
+    return plan_with
+
+
+def test_bytes_are_those_of_the_arrays():
+    assert page_bytes(MODEL, 16, F32) == PAGE_BYTES
+    assert page_bytes(MODEL, 32, F16) == PAGE_BYTES
+    pools = allocate(MODEL, 3, 16, F32, jax.devices()[0])
+    assert sum(one.nbytes for one in jax.tree.leaves(pools)) == 3 * PAGE_BYTES
+    assert all((np.asarray(one) == 0).all() for one in jax.tree.leaves(pools))
+
+
+def test_a_budget_in_bytes_is_taken_as_it_is(plan):
+    made = plan(GIB, device_bytes=100 * PAGE_BYTES + 7)
+    assert (made.num_pages, made.page_bytes, made.page_size) == (100, PAGE_BYTES, 16)
+    assert made.weight_bytes == NUM_PARAMETERS * 4
+    assert made.pool_bytes == 100 * PAGE_BYTES
+    assert made.pool_tokens == 1600
+    assert made.max_model_len == 512
+    assert made.free_bytes == GIB
+    assert made.scratch_bytes > 0
+
+
+def test_half_precision_holds_twice_the_tokens(plan):
+    full, half = plan(GIB, device_bytes=10**6), plan(GIB, F16, device_bytes=10**6)
+    assert half.weight_bytes * 2 == full.weight_bytes
+    assert half.num_pages // 2 == full.num_pages
+
+
+def test_an_unknown_free_memory_needs_a_budget(plan):
+    assert plan(None, device_bytes=PAGE_BYTES).num_pages == 1
+    with pytest.raises(ConfigError, match=r"does not say .* --config\.cache\.device_bytes"):
+        plan(None)
+
+
+def test_no_more_pages_than_all_requests_can_use(plan):
+    assert plan(GIB).num_pages == 8 * 512 // 16
+    assert plan(GIB, device_bytes=GIB // 2).num_pages == 8 * 512 // 16
+    assert plan(GIB, max_model_len=17).num_pages == 8 * 2
+    assert plan(GIB, max_model_len=17, page_size=32).num_pages == 8
+    assert plan(GIB, max_requests=1).num_pages == 32
+
+
+def test_what_the_cache_holds_limits_a_request(plan):
+    assert plan(GIB, device_bytes=3 * PAGE_BYTES).max_model_len == 48
+    assert plan(GIB, device_bytes=3 * PAGE_BYTES, max_model_len=48).max_model_len == 48
+    with pytest.raises(
+        ConfigError, match=r"max_model_len is 49; the KV cache holds 48 tokens in all \(3 pages\)"
+    ):
+        plan(GIB, device_bytes=3 * PAGE_BYTES, max_model_len=49)
+
+
+@given(st.integers(2**20, 2**34), st.floats(0.05, 1.0), st.sampled_from([8, 16, 64]))
+def test_an_automatic_pool_fits_and_leaves_little(free_bytes, fraction, page_size):
+    config = config_of(device_fraction=fraction, page_size=page_size, max_requests=4096)
+    with mock.patch.object(memory, "free_device_bytes", return_value=free_bytes):
+        try:
+            made = plan_memory(config, MODEL, F32, jax.devices()[0])
+        except ConfigError:
+            least = page_bytes(MODEL, page_size, F32) * 5 / 4
+            spare = free_bytes * fraction - NUM_PARAMETERS * 4
+            assert spare < least + 4096 * 1000 * 16  # and the scratch of the head
+            return
+    gathered = made.pool_bytes / MODEL.num_layers
+    budget = free_bytes * fraction
+    taken = made.weight_bytes + made.scratch_bytes + made.pool_bytes + gathered
+    assert taken <= budget
+    # Programs depend on the page count: few values, each within an eighth of what would fit.
+    assert made.num_pages % (1 << max(made.num_pages.bit_length() - 4, 0)) == 0
+    if made.num_pages < 4096 * 512 // page_size:
+        left = budget - taken
+        assert left <= (made.num_pages / 8 + 1) * made.page_bytes * 5 / 4 + 1
+
+
+def test_a_wavering_free_memory_gives_the_same_programs(plan):
+    noises = range(0, 2**20, 9973)
+    counts = {plan(200 * 2**20 + noise, max_requests=4096).num_pages for noise in noises}
+    assert len(counts) <= 2
+    assert min(counts) > 1000
+
+
+def test_weights_that_do_not_fit_are_refused(plan):
+    with pytest.raises(
+        ConfigError, match=r"the weights take .* in float32, .* are free on .*float16"
+    ):
+        plan(NUM_PARAMETERS * 4 - 1)
+    with pytest.raises(ConfigError, match=r"no memory is left .*device_fraction=0\.9 may be used"):
+        plan(NUM_PARAMETERS * 4 + PAGE_BYTES)
+
+
+def test_a_budget_without_a_page_is_refused(plan):
+    with pytest.raises(ConfigError, match=rf"one page takes {PAGE_BYTES} bytes, .* at least that"):
+        plan(GIB, device_bytes=PAGE_BYTES - 1)
+
+
+def test_a_budget_beyond_the_device_is_refused(plan):
+    left = GIB - NUM_PARAMETERS * 4
+    assert plan(GIB, device_bytes=left).num_pages == 256
+    with pytest.raises(ConfigError, match=rf"after the weights {left} bytes are free .* at most"):
+        plan(GIB, device_bytes=left + 1)
+
+
+# What is free
+
+
+def device_with(stats):
+    device = mock.Mock(spec=jax.Device)
+    device.platform, device.memory_stats = "gpu", lambda: stats
+    return device
+
+
+def test_a_gpu_tells_its_free_bytes():
+    stats = {"bytes_limit": 1000, "bytes_in_use": 300, "num_allocs": 5}
+    assert free_device_bytes(device_with(stats)) == 700
+    assert free_device_bytes(device_with({"bytes_in_use": 300})) is None
+    assert free_device_bytes(device_with(None)) is None
+
+
+def test_a_cpu_has_the_free_bytes_of_the_host(monkeypatch):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 12345)
+    assert free_device_bytes(jax.devices("cpu")[0]) == 12345
+
+
+def test_this_machine_says_something_plausible():
+    free_bytes = free_host_bytes()
+    assert free_bytes is None or 0 < free_bytes < 2**50
+
+
+MEMINFO = "MemTotal:       2000 kB\nMemFree:  10 kB\nMemAvailable:   1000 kB\nHugePages_Total: 0\n"
+V1, V2 = (
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    (
+        "memory.max",
+        "memory.current",
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "names", "limit", "used", "free"),
+    [
+        (None, None, None, None, None),  # not a Linux
+        (MEMINFO, None, None, None, 1_024_000),
+        ("MemTotal: 2000 kB\n", None, None, None, None),  # kernels before 3.14
+        (MEMINFO, V2, "max", "500000", 1_024_000),
+        (MEMINFO, V2, "800000", "500000", 300_000),
+        (MEMINFO, V2, "9000000", "500000", 1_024_000),
+        (MEMINFO, V1, "800000", "500000", 300_000),
+        (MEMINFO, V1, "9223372036854771712", "500000", 1_024_000),  # its word for no limit
+        (None, V2, "800000", "500000", 300_000),
+        (MEMINFO, V2, "800000", None, 1_024_000),
+    ],
+)
+def test_the_host_has_what_it_and_the_control_group_leave(
+    tmp_path, meminfo, names, limit, used, free
+):
+    if meminfo is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/meminfo").write_text(meminfo)
+    for name, text in zip(names or (), (limit, used), strict=False):
+        if text is not None:
+            path = tmp_path / "sys/fs/cgroup" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+    assert free_host_bytes(tmp_path) == free
