@@ -1,0 +1,193 @@
+"""The benchmarks run, in tiny sizes on the CPU, and their files hold what later work reads."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from launch.measuring import ResultFile, architecture, spread
+
+ROOT = pathlib.Path(__file__).parents[1]
+TIMES = ("sec", "p10_sec", "p90_sec")
+
+
+def run(*command, status=0, **variables):
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+def smoke(script, path, *arguments, status=0):
+    """Run a benchmark and return its file, checked for what all of them have in common."""
+    module = f"launch.{script}"
+    run(sys.executable, "-m", module, "--smoke", f"--output={path}", *arguments, status=status)
+    content = json.loads(path.read_text())
+    block = content["environment"]
+    assert block["cpu"]["num_cores"] >= block["cpu"]["num_usable_cores"] >= 1
+    assert block["memory_bytes"] > 2**30
+    assert block["packages"]["jax"]
+    assert set(block["git"]) == {"commit", "is_dirty"}
+    assert "--smoke" in block["command"]
+    assert content["smoke"]
+    assert content["failed"] == {}
+    return content
+
+
+def check_times(rows):
+    for row in rows:
+        assert 0 < row["p10_sec"] <= row["sec"] <= row["p90_sec"] < 60, row
+
+
+def test_transfers(tmp_path):
+    groups = smoke("bench_transfers", tmp_path / "transfers.json")["groups"]
+    assert set(groups) == {"idle", "busy", "zero_copy"}
+    for group in ("idle", "busy"):
+        rows = [row for row in groups[group] if "error" not in row]
+        check_times(rows)
+        assert {row["direction"] for row in rows} == {"to_host", "to_device"}
+        routes = {row["route"] for row in rows}
+        assert {"asarray", "copy_to_host_async", "jit_to_pinned", "jit_from_pinned"} <= routes
+    one = next(row for row in groups["idle"] if row["rows"] == 2)
+    assert one["bytes"] == 2 * (32 + 2 * 8) * 128 * 2
+    assert one["gb_per_sec"] == pytest.approx(one["bytes"] / one["sec"] / 1e9, abs=2e-3)
+    assert {row["begins"] for row in groups["busy"]} == {"before_queue", "after_queue"}
+    for row in groups["zero_copy"]:
+        assert row["works"] or row["error"]
+    views = {row["view"]: row for row in groups["zero_copy"] if row["dtype"] == "bfloat16"}
+    assert views["np.asarray(cpu array)"]["in_place"]
+
+
+def test_dispatch(tmp_path):
+    groups = smoke("bench_dispatch", tmp_path / "dispatch.json")["groups"]
+    for rows in groups.values():
+        check_times(rows)
+    assert {row["arrays"] for row in groups["dispatch"]} == {1, 20, 100}
+    assert {row["beside"] for row in groups["dispatch_beside_waiter"]} >= {"nothing", "waiter"}
+    observers = {row["observer"] for row in groups["ready_to_seen"]}
+    assert {"poll", "block_until_ready", "waiter_thread"} <= observers
+    assert min(row["lag_sec"] for row in groups["ready_to_seen"]) == 0
+    assert {row["program"] for row in groups["control_flow"]} >= {"plain", "conditional"}
+
+
+def test_device(tmp_path):
+    content = smoke("bench_device", tmp_path / "device.json")
+    groups, model = content["groups"], content["model"]
+    assert len(groups["bandwidth"]) == 2
+    best = max(row["gb_per_sec"] for row in groups["bandwidth"]) * 1e9
+    sweeps = [group for group in groups if group.startswith("decode_")]
+    assert len(sweeps) == 2
+    for group in sweeps:
+        compiled, *rows = groups[group]
+        assert compiled["compile"]["programs"] == len(compiled["compile"]["program_sec"]) > 4
+        check_times(rows)
+        assert rows[-1]["sampling"] == "top_p_0.9"
+        for row in rows:
+            per_token = 2 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"] * 4
+            assert row["kv_bytes"] == row["rows"] * row["context"] * per_token
+            assert row["kv_bytes"] == pytest.approx(row["cap_gib"] * 2**30, rel=1e-3)
+            assert row["read_bytes"] == row["kv_bytes"] + content["sweep_weight_bytes"]
+            share = row["read_bytes"] / row["sec"] / best
+            assert row["share_of_bandwidth"] == pytest.approx(share, rel=1e-2)
+            assert set(row["enqueue_sec"]) == {"embed", "layers", "head"}
+            assert sum(row["enqueue_sec"].values()) < 2 * row["launch_sec"]
+    check_times(groups["head"])
+    assert {row["sampling"] for row in groups["head"]} >= {"greedy", "top_k_40", "top_p_0.9"}
+    check_times(groups["prefill"][1:])
+    assert groups["cached_compile"][0]["compile"]["programs"] > 4
+
+
+def test_layers(tmp_path):
+    path = tmp_path / "layers.json"
+    groups = smoke("bench_layers", path, "--model_shapes=llama_2_7b")["groups"]
+    check_times(groups["linear"])
+    engine = groups["attention_llama_2_7b"]
+    check_times(engine)
+    assert {row["kernel"] for row in engine} == {"engine"}
+    others = {row["kernel"]: row for row in groups["other_attention_llama_2_7b"]}
+    assert others["xla_contiguous"]["max_error"] < 1e-5  # the kernels compute the same
+    assert "error" in others["cudnn_contiguous"]  # there is none here, and that fails nothing
+
+
+def test_reference_says_why_it_is_skipped(tmp_path):
+    """Without torch there is no comparison: status 77, and the file says so."""
+    code = "import sys, importlib.util as util; find = util.find_spec; "
+    code += "util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest); "
+    code += "from absl import app; from launch import bench_reference; "
+    code += "app.run(bench_reference.main)"
+    path = tmp_path / "reference.json"
+    run(sys.executable, "-c", code, "--smoke", f"--output={path}", status=77)
+    content = json.loads(path.read_text())
+    assert content["left_out"] == {"decode": "torch is not installed"}
+
+
+@pytest.mark.slow
+def test_gpu_check_runs_on_any_machine(tmp_path):
+    printed = run(
+        "bash", "launch/gpu_check.sh", "--smoke", OUT=str(tmp_path), PYTHON=sys.executable
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    states = {part["part"]: part["state"] for part in summary["parts"]}
+    expected = ["build", "environment", "transfers", "dispatch", "device_bfloat16", "gpu_tests"]
+    expected += ["layers", "device_float16", "reference"]
+    assert list(states) == expected
+    assert states.pop("build") == "skipped"
+    assert states.pop("reference") in ("ok", "skipped")
+    assert set(states.values()) == {"ok"}
+    assert all(name in printed for name in expected)
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_gpu_check_goes_on_after_a_failure(tmp_path):
+    """An interpreter that fails everything: each part is recorded, and the status tells."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && exit 0\nexit 3\n')
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    printed = run("bash", "launch/gpu_check.sh", status=1, OUT=str(out), PYTHON=str(python))
+    parts = json.loads((out / "summary.json").read_text())["parts"]
+    assert [part["state"] for part in parts] == ["skipped"] + ["failed"] * 8
+    assert "exit status 3" in printed
+    run("bash", "launch/gpu_check.sh", "--fast", status=2)
+
+
+class TestResultFile:
+    def test_keeps_the_rows_before_a_failure(self, tmp_path):
+        def rows():
+            yield {"one": 1.23456789}
+            raise ValueError("no more")
+
+        results = ResultFile(tmp_path / "sub" / "file.json", {"what": "test"}, budget_sec=60)
+        results.measure("breaks", rows)
+        results.measure("goes_on", lambda: [{"two": 2}])
+        content = json.loads(results.path.read_text())
+        assert content["groups"] == {"breaks": [{"one": 1.23457}], "goes_on": [{"two": 2}]}
+        assert content["failed"] == {"breaks": "ValueError: no more"}
+
+    def test_stops_at_its_budget_and_says_what_it_left_out(self, tmp_path):
+        results = ResultFile(tmp_path / "file.json", {}, budget_sec=-1)
+        results.measure("late", lambda: [{"one": 1}])
+        content = json.loads(results.path.read_text())
+        assert content["left_out"] == {"late": "the time budget was spent"}
+        assert content["groups"] == {}
+
+
+def test_spread_is_the_median_and_percentiles():
+    assert tuple(spread(range(101)).values()) == (50, 10, 90)
+    assert set(spread([1], "queue")) == {f"queue_{name}" for name in TIMES}
+
+
+def test_shapes_come_from_the_configs():
+    assert architecture("llama_3_1_8b").num_parameters == 8_030_261_248
+    assert architecture("smoke").num_layers == 4
+    with pytest.raises(ValueError, match="no shape is known for 'gpt'"):
+        architecture("gpt")
