@@ -60,7 +60,8 @@ def sample(logits_bv: Float[Array, "b v"], rows: SamplingRows) -> Int[Array, "b"
     nucleus_is_within = (rows.top_ks_b == 0) & (mass_b > rows.top_ps_b + 1e-5)
     lowest_of_candidates_b1 = _lowest_kept_of_sorted(top_bc, log_total_b, rows)
     # What equals the last candidate may go on beyond it (half precision has few distinct scores).
-    last_b = top_bc[:, -1]
+    # Not top_bc[:, -1]: XLA's CPU sees a top_k no more where a slice of it is sliced, and sorts all.
+    last_b = top_bc.min(-1)
     holds_all_kept = (lowest_of_candidates_b1[:, 0] > last_b) | (last_b == -jnp.inf)
     levels_b = jnp.where(
         is_greedy | ((has_small_k | nucleus_is_within) & holds_all_kept),
@@ -111,7 +112,9 @@ def _lowest_kept_of_sorted(
     probabilities_bc = jnp.exp(kept_bc - log_kept_b[:, None])
     mass_before_bc = jnp.cumsum(probabilities_bc, axis=-1) - probabilities_bc
     # The best one is always kept; and a sum that rounds to 1 early cuts nothing where top_p is 1.
-    in_top_p = (mass_before_bc < top_ps_b1) | (top_ps_b1 >= 1) | (top_bc == top_bc[:, :1])
+    in_top_p = (
+        (mass_before_bc < top_ps_b1) | (top_ps_b1 >= 1) | (top_bc == top_bc.max(-1, keepdims=True))
+    )
     return jnp.where(in_top_k & in_top_p, top_bc, jnp.inf).min(-1, keepdims=True)
 
 
