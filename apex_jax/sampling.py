@@ -60,7 +60,7 @@ def sample(logits_bv: Float[Array, "b v"], rows: SamplingRows) -> Int[Array, "b"
     nucleus_is_within = (rows.top_ks_b == 0) & (mass_b > rows.top_ps_b + 1e-5)
     lowest_of_candidates_b1 = _lowest_kept_of_sorted(top_bc, log_total_b, rows)
     # What equals the last candidate may go on beyond it (half precision has few distinct scores).
-    # Not top_bc[:, -1]: XLA's CPU sees a top_k no more where a slice of it is sliced, and sorts all.
+    # Not top_bc[:, -1]: where a slice of top_k is sliced again, XLA's CPU sorts everything instead.
     last_b = top_bc.min(-1)
     holds_all_kept = (lowest_of_candidates_b1[:, 0] > last_b) | (last_b == -jnp.inf)
     levels_b = jnp.where(
