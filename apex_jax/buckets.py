@@ -4,11 +4,13 @@ Owns the choice of row, KV-block and prefill buckets and their budget; every bat
 the smallest bucket that holds it, so that after warm-up nothing compiles. Imports no jax.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_EXECUTABLES = 80
 MAX_ROW_BUCKETS = 6
+NUM_SIZES = 4  # of blocks by row bucket, and of context
 MIN_ROWS = 2  # one row alone would take another matmul path on XLA's CPU, with other rounding
 PAGES_PER_BLOCK = (
     8  # a decode block is a few pages of one row: its partial sums cost little beside them
@@ -61,10 +63,10 @@ def choose(
 ) -> Buckets:
     """Choose buckets within the budget of executables.
 
-    Rows: the powers of two up to max_requests, at most six of them. Blocks: the most a batch can
-    hold and a half, a quarter and a sixteenth of it: a full cache, which is the case that matters
-    here, wastes nothing. Chunks: a long prompt's, a shorter one's (requests mostly arrive one by
-    one, where another ended), or four at once.
+    Rows: the powers of two up to max_requests, at most six of them. Blocks: from one a row to the
+    most a batch can hold, so that a full cache, the case that matters here, wastes nothing.
+    Chunks: a long prompt's, a shorter one's (requests mostly arrive one by one, where another
+    ended), or four at once. Context: from one chunk to the longest request.
     """
     rows = [max(MIN_ROWS, 1 << (max_requests - 1).bit_length())]
     while len(rows) < MAX_ROW_BUCKETS and rows[0] > MIN_ROWS:
@@ -75,15 +77,12 @@ def choose(
         full_rows = row_bucket * -(-max_model_len // block_tokens)
         # The whole pool, cut into blocks of which each row leaves one partly used.
         pool = num_pages // PAGES_PER_BLOCK + row_bucket
-        largest = min(full_rows, pool)
-        fractions = {largest, -(-largest // 2), -(-largest // 4), -(-largest // 16)}
-        num_blocks[row_bucket] = tuple(sorted({max(size, row_bucket) for size in fractions}))
+        num_blocks[row_bucket] = _progression(row_bucket, min(full_rows, pool))
     whole, quarter = max_prefill_tokens, max_prefill_tokens // 4
     chunks = [(1, whole), (1, quarter), (1, quarter // 4), (4, quarter)]
     chunks = [(count, tokens) for count, tokens in chunks if count <= rows[-1] and tokens >= 4]
-    max_context = -(-max_model_len // page_size)
-    contexts = sorted({_round_up(-(-max_context // step), PAGES_PER_BLOCK) for step in (1, 4, 16)})
-    buckets = Buckets(tuple(rows), num_blocks, tuple(chunks), tuple(contexts), page_size)
+    contexts = _progression(-(-whole // page_size), -(-max_model_len // page_size))
+    buckets = Buckets(tuple(rows), num_blocks, tuple(chunks), contexts, page_size)
     assert buckets.num_executables <= MAX_EXECUTABLES, buckets
     return buckets
 
@@ -103,5 +102,9 @@ def fullest_chunk(
     return max(chunks, key=worth)
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _progression(smallest: int, largest: int) -> tuple[int, ...]:
+    """Return up to four sizes in geometric progression, each at least twice the one before."""
+    growth = max(largest / smallest, 1.0)
+    steps = min(int(math.log2(growth)), NUM_SIZES - 1)
+    sizes = (math.ceil(smallest * growth ** (step / steps)) for step in range(steps))
+    return (*sizes, largest)

@@ -86,7 +86,8 @@ class CacheConfig:
     """Paged KV cache.
 
     device_bytes: budget of the device pool; None takes device_fraction of what is free after the
-        weights (and never more than max_requests requests of max_model_len tokens can use).
+        weights (on a CPU at most 4 GiB, and never more than max_requests requests of max_model_len
+        tokens can use).
     page_size: tokens per page.
     """
 

@@ -135,6 +135,11 @@ class Engine:
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens decoded so far, those of unfinished requests included."""
+        return self._scheduler.stats.num_output_tokens
+
     def submit(self, request: Request) -> None:
         """Queue a request; RequestError if it could never run."""
         self._scheduler.submit(request, time.perf_counter())

@@ -15,6 +15,7 @@ from apex_jax.kv_cache import page_bytes
 from apex_jax.pages import num_pages_for
 
 GIB = 2**30
+MAX_AUTOMATIC_CPU_BYTES = 4 * GIB  # a CPU's memory is everybody's: more must be asked for
 _SIGNIFICANT_BITS = (
     4  # of an automatic page count: compiled programs depend on it, free memory wavers
 )
@@ -72,6 +73,8 @@ def plan_memory(
                 "cache with --config.cache.device_bytes"
             )
         left_bytes = free_bytes * config.cache.device_fraction - weight_bytes - scratch_bytes
+        if device.platform == "cpu":
+            left_bytes = min(left_bytes, MAX_AUTOMATIC_CPU_BYTES)
         # A decode program gathers up to one layer's pages, keys and values, beside the pool.
         num_pages = int(left_bytes / (bytes_of_page * (1 + 1 / model.num_layers)))
         num_pages = min(_round_down(num_pages), most_pages)

@@ -90,6 +90,7 @@ class SchedulerStats:
     num_sweeps: int = 0
     num_preemptions: int = 0
     num_prefilled_tokens: int = 0
+    num_output_tokens: int = 0
     max_running: int = 0
     max_pages: int = 0
 
@@ -194,6 +195,7 @@ class Scheduler:
             if sequence.finish_reason is not None:
                 continue  # the surplus token of a sweep planned before the stop token was read
             sequence.append(token, now_sec)
+            self.stats.num_output_tokens += 1
             if sequence.finish_reason is not None:
                 outputs.append(self._finish(sequence, now_sec))
         return outputs

@@ -54,6 +54,7 @@ class FakeEngine:
         self.waiting: list[Request] = []
         self.running: dict[str, tuple[Request, int, float]] = {}
         self.num_sweeps = 0
+        self.num_output_tokens = 0
         self.most_waiting = 0
         self.submitted: list[str] = []
 
@@ -94,6 +95,7 @@ class FakeEngine:
         for name in done:
             request, _, arrival_sec = self.running.pop(name)
             tokens = fake_tokens(request)
+            self.num_output_tokens += len(tokens)
             short = len(tokens) < request.sampling.max_tokens
             reason = FinishReason.STOP if short else FinishReason.LENGTH
             now = time.monotonic()

@@ -246,13 +246,12 @@ def test_progress_on_a_terminal_and_elsewhere():
     statistics.add_failure(50)
     statistics.add_skipped(500)
     expected = (
-        "2 done of about 4 (50.0%), 3 in work, 1 failed, 1 before, "
-        "1 prompt + 2 output tokens/s, 0:00:02 left"
+        "2 done of about 4 (50.0%), 3 in work, 1 failed, 1 before, 7 output tokens/s, 0:00:02 left"
     )
-    assert format_progress(statistics, 3, 2.0) == expected
+    assert format_progress(statistics, 3, 14, 2.0) == expected
     for stream in (Terminal(), io.StringIO()):
         progress = Progress(stream, log_interval_sec=0.0)
-        progress.update(statistics, 3, 2.0)
+        progress.update(statistics, num_running=3, num_output_tokens=14, elapsed_sec=2.0)
         progress.message("hello")
         progress.finish()
         text = stream.getvalue()
@@ -267,9 +266,9 @@ def test_progress_waits_for_its_interval():
     stream = io.StringIO()
     progress = Progress(stream, log_interval_sec=100.0)
     progress.start()
-    progress.update(Statistics(None), 0, 1.0)
+    progress.update(Statistics(None), num_running=0, num_output_tokens=0, elapsed_sec=1.0)
     assert stream.getvalue() == ""
-    assert "left" not in format_progress(Statistics(None), 0, 0.0)
+    assert "left" not in format_progress(Statistics(None), 0, 0, 0.0)
 
 
 def test_numbers_as_text():

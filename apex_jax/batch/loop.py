@@ -102,7 +102,12 @@ class JobLoop:
                         self._deliver(output)
                 elif self._at_end:
                     return True
-                self._progress.update(self._statistics, len(self._in_flight), self.elapsed_sec)
+                self._progress.update(
+                    self._statistics,
+                    num_running=len(self._in_flight),
+                    num_output_tokens=self._engine.num_output_tokens,
+                    elapsed_sec=self.elapsed_sec,
+                )
             return False
         finally:
             if self._reorder is not None:

@@ -41,13 +41,20 @@ class Progress:
         """Begin the first interval."""
         self._due_sec = time.monotonic() + self._interval_sec
 
-    def update(self, statistics: Statistics, num_running: int, elapsed_sec: float) -> None:
+    def update(
+        self,
+        statistics: Statistics,
+        *,
+        num_running: int,
+        num_output_tokens: int,
+        elapsed_sec: float,
+    ) -> None:
         """Show where the job is, if it is time to."""
         now = time.monotonic()
         if now < self._due_sec:
             return
         self._due_sec = now + self._interval_sec
-        text = format_progress(statistics, num_running, elapsed_sec)
+        text = format_progress(statistics, num_running, num_output_tokens, elapsed_sec)
         if self._is_terminal:
             self._stream.write(_CLEAR_LINE + text[: self._num_columns() - 1])
             self._stream.flush()
@@ -73,8 +80,10 @@ class Progress:
             self._drawn = False
 
 
-def format_progress(statistics: Statistics, num_running: int, elapsed_sec: float) -> str:
-    """Return one line: requests, tokens/s of finished requests, time left (by bytes of input)."""
+def format_progress(
+    statistics: Statistics, num_running: int, num_output_tokens: int, elapsed_sec: float
+) -> str:
+    """Return one line: requests, output tokens/s so far, time left (by bytes of input)."""
     per_sec = 1 / elapsed_sec if elapsed_sec > 0 else 0.0
     fraction = statistics.fraction_done
     parts = [f"{statistics.num_done} done"]
@@ -85,10 +94,7 @@ def format_progress(statistics: Statistics, num_running: int, elapsed_sec: float
         parts.append(f"{statistics.num_failed} failed")
     if statistics.num_skipped:
         parts.append(f"{statistics.num_skipped} before")
-    parts.append(
-        f"{statistics.num_prompt_tokens * per_sec:.0f} prompt + "
-        f"{statistics.num_output_tokens * per_sec:.0f} output tokens/s"
-    )
+    parts.append(f"{num_output_tokens * per_sec:.0f} output tokens/s")
     if fraction:
         left_sec = elapsed_sec * (1 - fraction) / fraction
         parts.append(f"{format_duration(left_sec)} left")
