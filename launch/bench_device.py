@@ -104,7 +104,9 @@ class DecodeCase:
         slots = np.arange(self.rows, dtype=np.int32)
         positions = np.full(self.rows, self.context - 1, np.int32)
         decode = DecodeBatch(slots, positions, order.reshape(self.rows, pages))
-        head = HeadBatch.of(range(self.rows), slots, positions + 1, [sampling] * self.rows)
+        head = HeadBatch.of(
+            range(self.rows), range(self.rows), [self.context] * self.rows, [sampling] * self.rows
+        )
         return SweepPlan(0, None, None, decode, head)
 
 
@@ -197,7 +199,11 @@ class Bench:
         dispatch.read(previous)
         by_stage = {name: float(np.median(values[2:])) for name, values in enqueued.items()}
         launch_sec = float(np.median(launches[2:]))
-        return {**spread(np.diff(ends)[1:]), "launch_sec": launch_sec, "enqueue_sec": by_stage}
+        return {
+            **spread(np.diff(ends)[1:].tolist()),
+            "launch_sec": launch_sec,
+            "enqueue_sec": by_stage,
+        }
 
 
 def compile_programs(programs: Programs) -> Row:
@@ -254,7 +260,7 @@ def measure_prefill(bench: Bench) -> Iterator[Row]:
         table = np.arange(rows * context // PAGE_SIZE, dtype=np.int32).reshape(rows, -1)
         lengths = np.full(rows, tokens, np.int32)
         prefill = PrefillBatch(np.zeros((rows, tokens), np.int32), starts, lengths, table)
-        head = HeadBatch.of(range(rows), range(rows), starts + tokens, [GREEDY] * rows)
+        head = HeadBatch.of(range(rows), range(rows), [context] * rows, [GREEDY] * rows)
         times = bench.time_sweeps(programs, SweepPlan(0, prefill, head, None, None))
         shape = {"rows": rows, "chunk_tokens": tokens, "context": context}
         yield {**shape, **times, "tokens_per_sec": rows * tokens / times["sec"]}

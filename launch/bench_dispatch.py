@@ -45,7 +45,7 @@ def measure_seen(bench: BusyDevice) -> Iterator[Row]:
             x.block_until_ready()
             ready.put(now())
 
-    def poll(x: jax.Array, pause_sec: float | None) -> float:
+    def poll(x: Any, pause_sec: float | None) -> float:
         while not x.is_ready():
             if pause_sec is not None:
                 time.sleep(pause_sec)
@@ -145,7 +145,7 @@ def measure_dispatch_beside_waiter(bench: BusyDevice) -> Iterator[Row]:
     jitted, arrays, x = many_arguments(bench, 20, False)
     call = jitted.lower(arrays, x).compile()
 
-    def poll(last: jax.Array) -> None:
+    def poll(last: Any) -> None:
         while not last.is_ready():
             time.sleep(POLL_SEC)
 

@@ -94,9 +94,9 @@ def other_kernels(rows: int, context: int, table_bm: jax.Array) -> dict[str, tup
         return pages_pkzh[table_bm].swapaxes(2, 3).reshape(rows, context, k, h)
 
     def dense(
-        implementation: str, q_bnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array
+        implementation: Any, q_bnh: jax.Array, k_bskh: jax.Array, v_bskh: jax.Array
     ) -> jax.Array:
-        attend = partial(jax.nn.dot_product_attention, implementation=implementation)
+        attend: Any = partial(jax.nn.dot_product_attention, implementation=implementation)
         return attend(q_bnh[:, None], k_bskh, v_bskh, key_value_seq_lengths=lengths)[:, 0]
 
     def pallas(q_bnh: jax.Array, k_kpzh: jax.Array, v_kpzh: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ measured, where torch, transformers or a GPU is missing.
 """
 
 import dataclasses
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,13 +33,16 @@ CASES = ((16, 1024), (64, 256), (1, 1024), (64, 1024), (16, 4096))
 SHORT_TOKENS, LONG_TOKENS = 2, 34
 
 
+def _import(name: str) -> Any:
+    """Import what the project does not depend on, and its type checker does not find."""
+    return importlib.import_module(name)
+
+
 def make_model(smoke: bool) -> tuple[Any, str]:
     """Return a random model on the GPU (on the CPU for a smoke run), and its device."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    torch, transformers = _import("torch"), _import("transformers")
     shape = architecture("smoke" if smoke else _SHAPE.value)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.d_model,
         intermediate_size=shape.d_ffn,
@@ -55,14 +59,13 @@ def make_model(smoke: bool) -> tuple[Any, str]:
     device = "cpu" if smoke else "cuda"
     torch.set_default_dtype(torch.float32 if smoke else torch.bfloat16)
     with torch.device(device):
-        model = LlamaForCausalLM(config)
+        model = transformers.LlamaForCausalLM(config)
     return model.eval(), device
 
 
 def measure_decode(smoke: bool) -> Iterator[Row]:
     """Seconds per decode step and tokens/s of generate(), by rows and context."""
-    import torch
-
+    torch = _import("torch")
     model, device = make_model(smoke)
 
     def seconds(rows: int, context: int, num_new: int) -> float:
@@ -103,9 +106,7 @@ def why_not(smoke: bool) -> str | None:
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed"
-    import torch
-
-    return None if smoke or torch.cuda.is_available() else "torch sees no GPU"
+    return None if smoke or _import("torch").cuda.is_available() else "torch sees no GPU"
 
 
 def main(argv: Sequence[str]) -> int:

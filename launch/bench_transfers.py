@@ -210,7 +210,7 @@ def measure_zero_copy(bench: Bench) -> Iterator[Row]:
     def address(x: Any) -> int:
         return x.ctypes.data if isinstance(x, np.ndarray) else x.unsafe_buffer_pointer()
 
-    views: dict[str, Callable[[jax.Array, jax.Array], Any]] = {
+    views: dict[str, Callable[[Any, Any], Any]] = {
         "np.asarray(pinned)": lambda pinned, _: np.asarray(pinned),
         "np.from_dlpack(pinned)": lambda pinned, _: np.from_dlpack(pinned),
         "jnp.from_dlpack(pinned, cpu)": lambda pinned, _: jax.dlpack.from_dlpack(
