@@ -73,14 +73,13 @@ def prefill_attention(
     v_pages_pkzh: Float[Array, "p k z h"],
     block_table_bm: Int[Array, "b m"],
     starts_b: Int[Array, "b"],
-    lengths_b: Int[Array, "b"] | None = None,
+    lengths_b: Int[Array, "b"],
 ) -> Float[Array, "b t n h"]:
     """Attend a chunk of queries per row causally to the pages of its sequence, itself included.
 
     starts_b: index of each chunk's first token. lengths_b: tokens of the chunk, the queries after
-    them being padding; 0 for a padding row, None for t. Without it, what lies in the slots that
-    only padding sees must be finite. The context (all m pages of the table) is walked in steps of a
-    few pages with a running softmax; how many is known when the program is compiled.
+    them being padding; 0 for a padding row. The context (all m pages of the table) is walked in
+    steps of a few pages with a running softmax; how many is known when the program is compiled.
     """
     b, t, n, h = q_btnh.shape
     k_heads, z = k_pages_pkzh.shape[1:3]
@@ -90,7 +89,7 @@ def prefill_attention(
     table_bsm = jnp.pad(block_table_bm, ((0, 0), (0, padding))).reshape(b, num_steps, step_pages)
     q_bkgth = q_btnh.reshape(b, t, k_heads, n // k_heads, h).transpose(0, 2, 3, 1, 4)
     query_index_bt = starts_b[:, None] + jnp.arange(t)[None, :]
-    ends_b1 = (starts_b + (t if lengths_b is None else lengths_b))[:, None]
+    ends_b1 = (starts_b + lengths_b)[:, None]
 
     def step(carry, step_index_and_pages):
         max_bkgt, sum_bkgt, attended_bkgth = carry

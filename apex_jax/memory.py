@@ -62,6 +62,11 @@ def plan_memory(
             "or --config.model.dtype=float16 where it is wider now"
         )
     max_len = config.scheduler.max_model_len or model.max_position_embeddings
+    if max_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--config.scheduler.max_model_len is {max_len}; the model was made for at most "
+            f"{model.max_position_embeddings} (max_position_embeddings in its config.json)"
+        )
     most_pages = config.scheduler.max_requests * num_pages_for(max_len, config.cache.page_size)
     if config.cache.device_bytes is not None:
         num_pages = min(config.cache.device_bytes // bytes_of_page, most_pages)
@@ -131,8 +136,15 @@ def free_host_bytes(root: Path = Path("/")) -> int | None:
     ):
         limit, used = cgroup / limit_name, cgroup / used_name
         if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-            candidates.append(int(limit.read_text()) - int(used.read_text()))
+            reclaimable = _file_cache_bytes(used.parent / "memory.stat")
+            candidates.append(int(limit.read_text()) - int(used.read_text()) + reclaimable)
     return min(candidates, default=None)
+
+
+def _file_cache_bytes(stat: Path) -> int:
+    """Return what a control group's usage counts of files that were read, and may be dropped."""
+    fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
 
 
 def _scratch_bytes(config: Config, model: LlamaConfig, itemsize: int) -> int:

@@ -74,7 +74,8 @@ class HeadBatch:
             slots_b=np.array(slots, np.int32),
             positions_b=np.array(positions, np.int32),
             temperatures_b=np.array([params.temperature for params in sampling], np.float32),
-            top_ks_b=np.array([params.top_k for params in sampling], np.int32),
+            # No vocabulary is larger than an int32, so a larger k cuts nothing either.
+            top_ks_b=np.array([min(params.top_k, 2**31 - 1) for params in sampling], np.int32),
             top_ps_b=np.array([params.top_p for params in sampling], np.float32),
             seeds_b2=np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1)
             .astype(np.uint32)

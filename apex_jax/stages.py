@@ -81,7 +81,7 @@ def layers_prefill(
         k_pages = append_kv(k_pages, k.reshape(-1, *k.shape[2:]), page_ids_i, slots_i)
         v_pages = append_kv(v_pages, v.reshape(-1, *v.shape[2:]), page_ids_i, slots_i)
         attended = prefill_attention(
-            q, k_pages, v_pages, arrays.rows_bi[:, 2:], arrays.rows_bi[:, 0]
+            q, k_pages, v_pages, arrays.rows_bi[:, 2:], arrays.rows_bi[:, 0], arrays.rows_bi[:, 1]
         )
         x_btd = layer.post_attention(x_btd, attended)
         new_pages.append(LayerPages(k_pages, v_pages))

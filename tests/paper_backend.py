@@ -1,6 +1,6 @@
 """A backend that computes nothing but notices everything: KV pages hold token ids.
 
-Its "model" reads a sequence back from the pages that the plan names and hashes it into the next token.
+Its "model" reads a sequence back from the pages the plan names and hashes it into the next token.
 So a page written twice, freed too early or listed in the wrong order shows as a wrong token.
 Stages run when they are enqueued or, with a delay, when they are waited for. Imports no jax.
 """

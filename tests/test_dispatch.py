@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from paper_backend import PaperBackend
 
 from apex_jax.dispatch import Dispatch, Embed, Head, Layers, StuckError
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch, SweepPlan
 from apex_jax.request import SamplingParams
-from paper_backend import PaperBackend
 
 
 def head(rows):

@@ -1,5 +1,6 @@
 """The memory plan: from bytes to pages, and a word to the user where that does not work out."""
 
+import dataclasses
 from unittest import mock
 
 import jax
@@ -24,6 +25,7 @@ MODEL = LlamaConfig(
     vocab_size=1000,
     max_position_embeddings=512,
 )
+DEEP = dataclasses.replace(MODEL, num_layers=64, max_position_embeddings=4096)
 # Embedding and output; per layer q and o, k and v, three of the MLP, two norms; the last norm.
 NUM_PARAMETERS = 2 * 64_000 + 4 * (2 * 4096 + 2 * 2048 + 3 * 8192 + 128) + 64
 PAGE_BYTES = 2 * 4 * 2 * 16 * 16 * 4  # keys and values, layers, heads, width, tokens, float32
@@ -210,3 +212,24 @@ def test_the_host_has_what_it_and_the_control_group_leave(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text + "\n")
     assert free_host_bytes(tmp_path) == free
+
+
+def test_files_that_were_read_do_not_count_as_used(tmp_path):
+    cgroup = tmp_path / "sys/fs/cgroup"
+    cgroup.mkdir(parents=True)
+    (cgroup / "memory.max").write_text("800000\n")
+    (cgroup / "memory.current").write_text("500000\n")
+    (cgroup / "memory.stat").write_text("anon 100000\ninactive_file 200000\n")
+    assert free_host_bytes(tmp_path) == 500_000
+
+
+def test_a_request_cannot_be_longer_than_the_model_knows_positions(plan):
+    with pytest.raises(ConfigError, match=r"max_model_len is 513; the model was made for .* 512"):
+        plan(GIB, max_model_len=513)
+
+
+def test_an_automatic_pool_leaves_a_cpu_to_others(plan):
+    made = plan(64 * GIB, max_requests=4096, page_size=128, model=DEEP)
+    assert 0.85 * 4 * GIB < made.pool_bytes <= 4 * GIB
+    asked = plan(64 * GIB, max_requests=4096, page_size=128, model=DEEP, device_bytes=6 * GIB)
+    assert asked.pool_bytes > 5.9 * GIB

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from paper_backend import VOCAB_SIZE, PaperBackend, expected_output
 
 from apex_jax.buckets import choose
 from apex_jax.dispatch import Dispatch
 from apex_jax.request import FinishReason, Request, RequestError, SamplingParams
 from apex_jax.scheduler import Scheduler
-from paper_backend import VOCAB_SIZE, PaperBackend, expected_output
 
 PAGE_SIZE = 8
 EOS = frozenset({3})
