@@ -21,9 +21,6 @@ from apex_jax.models import orbax_store, safetensors_store, weights
 from apex_jax.models.hf_config import read_model_folder
 from apex_jax.models.model_files import COMPANION_FILES, ORBAX_FOLDER, is_orbax
 
-_INPUT = flags.DEFINE_string("input", None, "Folder with config.json and safetensors.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to create.")
-
 EXIT_REFUSED = 2
 
 
@@ -56,14 +53,15 @@ def convert(source: Path, output: Path) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Convert what the flags name; return the exit status."""
-    if len(argv) > 1 or _INPUT.value is None or _OUTPUT.value is None:
+    source, output = flags.FLAGS.input, flags.FLAGS.output
+    if len(argv) > 1 or source is None or output is None:
         return _refuse("give --input=HF_FOLDER and --output=FOLDER, and nothing else")
     jax.config.update("jax_platforms", "cpu")  # a GPU has no part in it
     try:
-        convert(Path(_INPUT.value).expanduser(), Path(_OUTPUT.value).expanduser())
+        convert(Path(source).expanduser(), Path(output).expanduser())
     except (ConfigError, OSError) as error:
         return _refuse(str(error))
-    print(f"converted; use it with --config.model.path={_OUTPUT.value}")
+    print(f"converted; use it with --config.model.path={output}")
     return 0
 
 
@@ -82,4 +80,7 @@ def _refuse(message: str) -> int:
 
 
 if __name__ == "__main__":
+    # Only here: other scripts have flags of the same names, and tests import several of them.
+    flags.DEFINE_string("input", None, "Folder with config.json and safetensors.")
+    flags.DEFINE_string("output", None, "Folder to create.")
     app.run(main)
