@@ -12,9 +12,8 @@ MAX_EXECUTABLES = 80
 MAX_ROW_BUCKETS = 6
 NUM_SIZES = 4  # of blocks by row bucket, and of context
 MIN_ROWS = 2  # one row alone would take another matmul path on XLA's CPU, with other rounding
-PAGES_PER_BLOCK = (
-    8  # a decode block is a few pages of one row: its partial sums cost little beside them
-)
+# A decode block is a few pages of one row: its partial sums must cost little beside reading them.
+PAGES_PER_BLOCK = 8
 
 
 @dataclass(frozen=True)
