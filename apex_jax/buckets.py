@@ -62,10 +62,10 @@ def choose(
 ) -> Buckets:
     """Choose buckets within the budget of executables.
 
-    Rows: the powers of two up to max_requests, at most six of them. Blocks: from one a row to the
-    most a batch can hold, so that a full cache, the case that matters here, wastes nothing.
-    Chunks: a long prompt's, a shorter one's (requests mostly arrive one by one, where another
-    ended), or four at once. Context: from one chunk to the longest request.
+    Rows: the last six powers of two up to max_requests. Blocks: from one a row to the most a batch
+    can hold, so that a full cache, the case that matters here, wastes nothing. Chunks: a long
+    prompt's, a shorter one's (requests mostly arrive one by one, where another ended), or 4 or 16
+    at once. Context: from one chunk to the longest request.
     """
     rows = [max(MIN_ROWS, 1 << (max_requests - 1).bit_length())]
     while len(rows) < MAX_ROW_BUCKETS and rows[0] > MIN_ROWS:
@@ -78,7 +78,7 @@ def choose(
         pool = num_pages // PAGES_PER_BLOCK + row_bucket
         num_blocks[row_bucket] = _progression(row_bucket, min(full_rows, pool))
     whole, quarter = max_prefill_tokens, max_prefill_tokens // 4
-    chunks = [(1, whole), (1, quarter), (1, quarter // 4), (4, quarter)]
+    chunks = [(1, whole), (1, quarter), (1, quarter // 4), (4, quarter), (16, quarter // 4)]
     chunks = [(count, tokens) for count, tokens in chunks if count <= rows[-1] and tokens >= 4]
     contexts = _progression(-(-whole // page_size), -(-max_model_len // page_size))
     buckets = Buckets(tuple(rows), num_blocks, tuple(chunks), contexts, page_size)

@@ -21,7 +21,7 @@ from apex_jax import buckets, kv_cache
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.config import Config, ConfigError, LlamaConfig, validate
 from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
-from apex_jax.memory import GIB, MemoryPlan, plan_memory
+from apex_jax.memory import GIB, MemoryPlan, check_programs, plan_memory
 from apex_jax.models import weights
 from apex_jax.models.hf_config import ModelFolder, read_model_folder
 from apex_jax.programs import Programs, span_of_layers
@@ -81,6 +81,7 @@ class Engine:
             num_pages=memory.num_pages,
             page_size=memory.page_size,
         )
+        on_progress(_describe_plan(config, folder, architecture, dtype, memory, shapes, device))
         programs = Programs(
             architecture,
             dtype=dtype,
@@ -95,6 +96,7 @@ class Engine:
         start_sec = time.perf_counter()
         programs.compile(os.cpu_count() or 1, _Throttled(on_progress))
         setup_sec["compile"] = time.perf_counter() - start_sec
+        check_programs(memory, programs.temp_bytes)
 
         start_sec = time.perf_counter()
         if folder is None or config.model.weights == "dummy":
@@ -158,48 +160,29 @@ class Engine:
         return outputs
 
     def describe(self) -> str:
-        """Return the effective plan, a few lines."""
-        model, memory, programs = self.model, self.memory, self.programs
-        shape, buckets_ = model.architecture, programs.buckets
-        free = "unknown" if memory.free_bytes is None else _size(memory.free_bytes)
-        max_rows = buckets_.rows[-1]
-        return "\n".join(
-            (
-                f"model      {model.name}: {shape.num_layers} layers, width {shape.d_model}, "
-                f"{shape.num_heads} heads over {shape.num_kv_heads}, "
-                f"{shape.num_parameters / 1e6:.1f} M parameters, {model.dtype}",
-                f"device     {self._device.device_kind} ({self._device.platform}), {free} free at "
-                "the start",
-                "strategy   device_only; attention kernel: XLA, paged; no host lane",
-                f"memory     weights {_size(memory.weight_bytes)}, KV cache "
-                f"{_size(memory.pool_bytes)} ({memory.num_pages} pages of {memory.page_size} "
-                f"tokens = {memory.pool_tokens} tokens), scratch {_size(programs.temp_bytes)}",
-                f"limits     {self._scheduler.max_requests} requests at once, "
-                f"{memory.max_model_len} tokens a request, "
-                f"{buckets_.chunks[0][1]} prompt tokens a sweep",
-                f"buckets    rows {_list(buckets_.rows)}; KV blocks of {max_rows} rows "
-                f"{_list(buckets_.num_blocks[max_rows])}; chunks "
-                f"{_list(f'{count}x{tokens}' for count, tokens in buckets_.chunks)}; context pages "
-                f"{_list(buckets_.context_pages)}",
-                f"programs   {len(programs.compile_sec)} executables, {programs.num_layers} layers "
-                f"in each, ready in {self._setup_sec['compile']:.1f} s; weights in "
-                f"{self._setup_sec['load']:.1f} s",
-            )
+        """Return what setting up came to, in a line; the plan was printed before."""
+        programs = self.programs
+        return (
+            f"programs   {len(programs.compile_sec)} executables, {programs.num_layers} layers in "
+            f"each, ready in {self._setup_sec['compile']:.1f} s, scratch "
+            f"{_size(programs.temp_bytes)}; weights in {self._setup_sec['load']:.1f} s"
         )
 
     def metrics(self) -> dict[str, Any]:
         """Return figures of the run so far, as JSON values; bytes and seconds as named."""
         memory, stats = self.memory, self._scheduler.stats
-        device_stats = self._device.memory_stats() or {}
-        planned = memory.weight_bytes + memory.pool_bytes + self.programs.temp_bytes
+        peak_bytes = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        device_stats = self._device.memory_stats() or {}  # a CPU has none: its peak is the host's
+        if "peak_bytes_in_use" in device_stats:
+            peak_bytes["device"] = device_stats["peak_bytes_in_use"]
         return {
             "compile_sec": self._setup_sec["compile"],
+            "compile_sec_by_program": {
+                str(key): seconds for key, seconds in self.programs.compile_sec.items()
+            },
             "load_sec": self._setup_sec["load"],
             "num_executables": len(self.programs.compile_sec),
-            "peak_bytes": {
-                "device": device_stats.get("peak_bytes_in_use", planned),
-                "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            },
+            "peak_bytes": peak_bytes,
             "planned_bytes": {
                 "weights": memory.weight_bytes,
                 "kv_cache": memory.pool_bytes,
@@ -219,6 +202,39 @@ class Engine:
         tokens_b = self._dispatch.read(self._previous)
         self._previous = None
         return self._scheduler.commit(tokens_b, time.perf_counter())
+
+
+def _describe_plan(
+    config: Config,
+    folder: ModelFolder | None,
+    shape: LlamaConfig,
+    dtype: np.dtype,
+    memory: MemoryPlan,
+    shapes: buckets.Buckets,
+    device: jax.Device,
+) -> str:
+    """Return the effective plan, a few lines, before any work begins."""
+    name = folder.path.name if folder else "no folder"
+    source = "dummy weights" if config.model.weights == "dummy" else "its weights"
+    free = "unknown" if memory.free_bytes is None else _size(memory.free_bytes)
+    max_rows = shapes.rows[-1]
+    chunks = _list(f"{count}x{tokens}" for count, tokens in shapes.chunks)
+    return "\n".join(
+        (
+            f"model      {name}, {source}: {shape.num_layers} layers, width {shape.d_model}, "
+            f"{shape.num_heads} heads over {shape.num_kv_heads}, "
+            f"{shape.num_parameters / 1e6:.1f} M parameters, {dtype.name}",
+            f"device     {device.device_kind} ({device.platform}), {free} free",
+            f"strategy   {config.scheduler.strategy}; attention kernel: XLA, paged; no host lane",
+            f"memory     weights {_size(memory.weight_bytes)}, KV cache {_size(memory.pool_bytes)} "
+            f"({memory.num_pages} pages of {memory.page_size} = {memory.pool_tokens} tokens)",
+            f"limits     {config.scheduler.max_requests} requests at once, {memory.max_model_len} "
+            f"tokens a request, {config.scheduler.max_prefill_tokens} prompt tokens a sweep",
+            f"buckets    rows {_list(shapes.rows)}; KV blocks of {max_rows} rows "
+            f"{_list(shapes.num_blocks[max_rows])}; chunks {chunks}; context pages "
+            f"{_list(shapes.context_pages)}; {shapes.num_executables} executables to make",
+        )
+    )
 
 
 def choose_device(platform: str) -> jax.Device:
@@ -244,7 +260,8 @@ def choose_dtype(requested: str, published: str | None, compute_capability: str 
         return jnp.dtype(requested)
     if compute_capability is None:
         return jnp.dtype("float32")
-    if published == "bfloat16" and float(compute_capability) < 8.0:
+    is_old = compute_capability.startswith(("5.", "6.", "7."))
+    if published == "bfloat16" and is_old:
         return jnp.dtype("float16")
     return jnp.dtype(published or "float16")
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from apex_jax.buckets import PAGES_PER_BLOCK
 from apex_jax.config import Config, ConfigError, LlamaConfig
 from apex_jax.kv_cache import page_bytes
 from apex_jax.pages import num_pages_for
 
 GIB = 2**30
+GATHERED_COPIES = 2  # of a layer's pages in a decode program: as read, and as XLA lays them out
 MAX_AUTOMATIC_CPU_BYTES = 4 * GIB  # a CPU's memory is everybody's: more must be asked for
 _SIGNIFICANT_BITS = (
     4  # of an automatic page count: compiled programs depend on it, free memory wavers
@@ -77,18 +79,19 @@ def plan_memory(
                 f"{device.device_kind} does not say how much of its memory is free; size the KV "
                 "cache with --config.cache.device_bytes"
             )
-        left_bytes = free_bytes * config.cache.device_fraction - weight_bytes - scratch_bytes
+        left_bytes = (free_bytes - weight_bytes - scratch_bytes) * config.cache.device_fraction
         if device.platform == "cpu":
             left_bytes = min(left_bytes, MAX_AUTOMATIC_CPU_BYTES)
-        # A decode program gathers up to one layer's pages, keys and values, beside the pool.
-        num_pages = int(left_bytes / (bytes_of_page * (1 + 1 / model.num_layers)))
+        # A decode program gathers all pages in use of one layer, beside the pool.
+        num_pages = int(left_bytes / (bytes_of_page * (1 + GATHERED_COPIES / model.num_layers)))
         num_pages = min(_round_down(num_pages), most_pages)
         if num_pages < 1:
             raise ConfigError(
-                f"no memory is left for the KV cache: {free_bytes / GIB:.2f} GiB are free, of "
-                f"which --config.cache.device_fraction={config.cache.device_fraction:g} may be "
-                f"used; the weights take {weight_bytes / GIB:.2f} and scratch "
-                f"{scratch_bytes / GIB:.2f} GiB"
+                f"no memory is left for the KV cache: {free_bytes / GIB:.2f} GiB are free, the "
+                f"weights take {weight_bytes / GIB:.2f} and scratch about "
+                f"{scratch_bytes / GIB:.2f} GiB; use a smaller model, fewer "
+                "--config.scheduler.max_requests, or size the cache yourself with "
+                "--config.cache.device_bytes"
             )
     pool_tokens = num_pages * config.cache.page_size
     if config.scheduler.max_model_len is not None and max_len > pool_tokens:
@@ -151,12 +154,26 @@ def _scratch_bytes(config: Config, model: LlamaConfig, itemsize: int) -> int:
     """Estimate what programs hold at their peak beside weights and pages.
 
     Prefill: a few activations of every token of a chunk. Head: float32 scores and their sorted
-    copy.
+    copy. Decode: what the last, partly used block of each row is padded with.
     """
     widest = model.d_model + 2 * model.d_ffn + 3 * model.num_heads * model.head_dim
     prefill = config.scheduler.max_prefill_tokens * widest * (itemsize + 4)
     head = config.scheduler.max_requests * model.vocab_size * 4 * 4
-    return max(prefill, head)
+    padding_tokens = config.scheduler.max_requests * config.cache.page_size * PAGES_PER_BLOCK
+    layer_bytes = model.kv_bytes_per_token(itemsize) // model.num_layers
+    return max(prefill, head, GATHERED_COPIES * padding_tokens * layer_bytes)
+
+
+def check_programs(plan: MemoryPlan, temp_bytes: int) -> None:
+    """Raise ConfigError where the compiled programs' scratch memory does not fit as well."""
+    needed_bytes = plan.weight_bytes + plan.pool_bytes + temp_bytes
+    if plan.free_bytes is not None and needed_bytes > plan.free_bytes:
+        raise ConfigError(
+            f"weights ({plan.weight_bytes / GIB:.2f} GiB), KV cache ({plan.pool_bytes / GIB:.2f}) "
+            f"and the programs' scratch memory ({temp_bytes / GIB:.2f}) need "
+            f"{needed_bytes / GIB:.2f} GiB, and {plan.free_bytes / GIB:.2f} are free; lower "
+            "--config.cache.device_bytes or --config.scheduler.max_requests"
+        )
 
 
 def _check_device_bytes(

@@ -77,20 +77,26 @@ class Programs:
         return self._executables[key].as_text()
 
     def compile(self, num_threads: int, on_progress: Callable[[int, int, str], None]) -> None:
-        """Compile everything; `on_progress(done, total, program)` follows each."""
+        """Compile everything; `on_progress(done, total, program)` follows each.
 
-        def build(key: ProgramKey, lowered: jax.stages.Lowered) -> tuple[ProgramKey, Any, float]:
+        An exception, a signal's among them, drops what has not begun to compile.
+        """
+
+        def build(key: ProgramKey, lowered: Any) -> tuple[ProgramKey, Any, float]:
             start_sec = time.perf_counter()
             executable = lowered.compile()
             return key, executable, time.perf_counter() - start_sec
 
-        with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(num_threads)
+        try:
             futures = [pool.submit(build, key, lowered) for key, lowered in self._lower()]
             for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                 key, executable, seconds = future.result()
                 self._executables[key] = executable
                 self.compile_sec[key] = seconds
                 on_progress(done, len(futures), str(key))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _lower(self) -> Iterator[tuple[ProgramKey, jax.stages.Lowered]]:
         """Trace each stage for each bucket."""

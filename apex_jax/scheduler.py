@@ -28,7 +28,8 @@ class Sequence:
     index: order of arrival, which is also its priority. token_ids: the prompt and the output read
     so far. num_unread: tokens sampled by planned sweeps and not read yet. num_computed: tokens
     whose KV the planned sweeps have written. slot: row of the device's `tokens_by_slot`, None while
-    waiting. is_decoding: its last token lies in that slot.
+    waiting. is_decoding: its last token lies in that slot. last_sweep_id: the last planned sweep
+    that touches its pages and slot.
     """
 
     index: int
@@ -41,6 +42,7 @@ class Sequence:
     is_decoding: bool = False
     num_computed: int = 0
     num_unread: int = 0
+    last_sweep_id: int | None = None
     num_preemptions: int = 0
     first_token_sec: float | None = None
     finish_reason: FinishReason | None = None
@@ -237,11 +239,12 @@ class Scheduler:
         return ready
 
     def _make_room(self, sequence: Sequence) -> None:
-        """Pre-empt the newest sequences until a page is free or will be after a flight."""
-        while self._pool.num_free == 0 and not any(flight.pages for flight in self._flights):
+        """Pre-empt the newest sequences until a page is free, or will be after a flight."""
+        is_ending = any(one.is_fully_planned for one in self._running)
+        is_ending = is_ending or any(flight.pages for flight in self._flights)
+        while self._pool.num_free == 0 and sequence.slot is not None and not is_ending:
             self._preempt(self._running[-1])
-            if sequence.slot is None:
-                return
+            is_ending = any(flight.pages for flight in self._flights)
 
     def _choose_prefilling(self) -> tuple[list[Sequence], int]:
         """Return the sequences whose prompt goes on in this sweep, and the chunk length."""
@@ -285,6 +288,7 @@ class Scheduler:
         ):
             token_ids_bt[row, :length] = sequence.token_ids[start : start + length]
             sequence.num_computed += length
+            sequence.last_sweep_id = flight.sweep_id
             if sequence.num_unfilled == 0:
                 sequence.is_decoding = True
                 finishing.append(row)
@@ -309,6 +313,7 @@ class Scheduler:
         table_bm = self._tables.rows(slots_b, int(positions_b.max()) + 1)
         for sequence in sequences:
             sequence.num_computed += 1
+            sequence.last_sweep_id = flight.sweep_id
         head = self._plan_head(range(len(sequences)), sequences, flight)
         return DecodeBatch(slots_b, positions_b, table_bm), head
 
@@ -354,12 +359,13 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=lambda one: one.index)
 
     def _vacate(self, sequence: Sequence) -> None:
-        """Take pages and slot from a running sequence, for reuse after the last planned sweep."""
+        """Take pages and slot from a running sequence, for reuse after its last planned sweep."""
         assert sequence.slot is not None
         self._running.remove(sequence)
-        if self._flights:
-            self._flights[-1].pages.extend(sequence.pages)
-            self._flights[-1].slots.append(sequence.slot)
+        last = [one for one in self._flights if one.sweep_id == sequence.last_sweep_id]
+        if last:
+            last[0].pages.extend(sequence.pages)
+            last[0].slots.append(sequence.slot)
         else:
             self._pool.release(sequence.pages)
             self._free_slots.append(sequence.slot)

@@ -12,6 +12,7 @@ signal's number when interrupted. After 3 and signals the same command goes on w
 import dataclasses
 import difflib
 import logging
+import os
 import re
 import sys
 import traceback
@@ -45,7 +46,14 @@ _RETRY_FAILED = flags.DEFINE_bool(
 
 def create_engine(config: Config, on_progress: Callable[[str], None]) -> BatchEngine:
     """Load the real engine. Imported late: a misspelt flag should not wait for jax."""
+    # JAX takes 75 % of a GPU, and what it does not take no KV cache can use.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     logging.getLogger("jax").setLevel(logging.WARNING)  # it tells which backends it lacks
+    if config.device.platform == "cpu":
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # else a GPU that is not wanted is set up too
     from apex_jax.engine import Engine
 
     return Engine.create(config, on_progress)

@@ -100,10 +100,10 @@ def test_the_usual_job():
     # 64 rows could ask for 2,048 blocks of 128 tokens, the pool has 125 and one of each row.
     assert buckets.num_blocks[64][-1] == 125 + 64
     assert buckets.num_blocks[2][-1] == 2 * 4096 // 128
-    assert buckets.chunks == ((1, 512), (1, 128), (1, 32), (4, 128))
+    assert buckets.chunks == ((1, 512), (1, 128), (1, 32), (4, 128), (16, 32))
     assert buckets.context_pages[-1] == 4096 // 16
     sizes = sum(map(len, buckets.num_blocks.values()))
-    prefill = 4 * (1 + len(buckets.context_pages))
+    prefill = 5 * (1 + len(buckets.context_pages))
     assert buckets.num_executables == 6 + sizes + prefill + 2 * 6
 
 

@@ -9,14 +9,16 @@ import functools
 import json
 import pathlib
 import re
+import time
 
+import choices
 import jax
 import near_tie
 import numpy as np
 import pytest
 import reference
 
-from apex_jax import sampling
+from apex_jax.buckets import Buckets
 from apex_jax.config import (
     CacheConfig,
     CompileConfig,
@@ -31,7 +33,7 @@ from apex_jax.dispatch import StuckError
 from apex_jax.engine import Engine, choose_dtype
 from apex_jax.models import weights
 from apex_jax.models.hf_config import read_model_folder
-from apex_jax.plan import HeadBatch
+from apex_jax.programs import ProgramKey, Programs
 from apex_jax.request import Request, RequestError, SamplingParams
 from apex_jax.scheduler import Scheduler
 
@@ -58,18 +60,21 @@ def make_config(**model):
     )
 
 
+WARM_UP_LINES = []
+
+
 @functools.cache
 def golden_engine(name):
     config = make_config(path=str(GOLDEN / name))
     if name == "rope_llama3":
         config.compile.layers_per_program = 1
-    return Engine.create(config, lambda line: None)
+    return Engine.create(config, WARM_UP_LINES.append)
 
 
 @functools.cache
 def wide_engine():
     config = make_config(weights="dummy", architecture=WIDE, seed=5)
-    return Engine.create(config, lambda line: None)
+    return Engine.create(config, WARM_UP_LINES.append)
 
 
 def with_scheduler(engine, *, num_pages=None, max_requests=4, chunks=None, eos=frozenset()):
@@ -150,46 +155,6 @@ def draw_requests(seed):
     return requests
 
 
-def noise(request, position, num_tokens):
-    """The engine's own noise: what is tested here is where it lands, test_sampling has the rest."""
-    head = HeadBatch.of([0], [0], [position], [request.sampling])
-    rows = sampling.SamplingRows(
-        head.temperatures_b,
-        head.top_ks_b,
-        head.top_ps_b,
-        jax.numpy.asarray(head.seeds_b2),
-        np.zeros(1, np.int32),
-        head.positions_b,
-    )
-    ids = jax.numpy.arange(num_tokens)[None]
-    return np.asarray(sampling.token_noise(rows, ids)[0], np.float64)
-
-
-def reference_choice(request, logits_v, position):
-    """Return the token that float64 chooses, and by how many logits it was chosen.
-
-    Where rounding may move a cut by a token, the choice must be the same on both sides of it.
-    """
-    params = request.sampling
-    order = np.argsort(-logits_v, kind="stable")
-    if params.temperature == 0:
-        return order[0], logits_v[order[0]] - logits_v[order[1]]
-    scores = logits_v[order] / params.temperature
-    if params.top_k:
-        scores = scores[: params.top_k]
-    mass = np.cumsum(np.exp(scores - scores.max()))
-    mass /= mass[-1]
-    noisy = scores + noise(request, position, len(order))[order[: len(scores)]]
-    winners, gap = set(), np.inf
-    for top_p in (params.top_p - 1e-5, params.top_p, params.top_p + 1e-5):
-        num_kept = int((mass < top_p).sum()) + 1 if top_p < 1 else len(scores)
-        best = np.argsort(-noisy[:num_kept])[:2]
-        winners.add(order[best[0]])
-        if len(best) > 1:
-            gap = min(gap, noisy[best[0]] - noisy[best[1]])
-    return order[noisy[:num_kept].argmax()], gap * params.temperature * (len(winners) == 1)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_do_not_depend_on_how_requests_are_run(way):
     requests = draw_requests(seed=11)
@@ -198,20 +163,7 @@ def test_tokens_do_not_depend_on_how_requests_are_run(way):
     if way == "preempted":
         assert engine.metrics()["num_preemptions"] > 0
     tensors = reference.unfuse(WIDE, weights.dummy(WIDE, np.dtype("float32"), CPU, 5))
-    margins, stds, right = [], [], []
-    for request, tokens in zip(requests, got, strict=True):
-        assert len(tokens) == request.sampling.max_tokens
-        prompt = list(request.prompt_token_ids)
-        logits_tv = reference.logits(WIDE, tensors, prompt + tokens[:-1])[len(prompt) - 1 :]
-        choices = [
-            reference_choice(request, logits_v, len(prompt) + index)
-            for index, logits_v in enumerate(logits_tv)
-        ]
-        # Up to the first difference both continue the same text, and only that far they compare.
-        right.append([int(token) for token, _ in choices])
-        margins.append([margin for _, margin in choices])
-        stds.append(logits_tv.std(-1))
-    near_tie.assert_equal_but_for_ties(got, right, margins, stds)
+    choices.assert_reference_chooses(WIDE, tensors, requests, got)
 
 
 def test_stop_tokens_end_the_output_and_stay_in_it():
@@ -264,25 +216,75 @@ def test_pages_are_updated_in_place():
         assert header.count("may-alias") + header.count("must-alias") == 2 * WIDE.num_layers
 
 
-def test_the_plan_is_printed_and_the_metrics_are_json():
+def test_a_program_holds_no_second_pool():
+    """A copy inside a fusion has no line of its own in the HLO, but it needs room."""
+    num_pages = 4096
+    shapes = Buckets((2,), {2: (2,)}, ((1, 16),), (1,), page_size=16)
+    programs = Programs(
+        WIDE,
+        dtype=np.dtype("float32"),
+        buckets=shapes,
+        num_pages=num_pages,
+        num_slots=2,
+        num_layers=1,
+        device=CPU,
+        precision="default",
+    )
+    programs.compile(2, lambda *progress: None)
+    pool_bytes = num_pages * WIDE.num_kv_heads * 16 * WIDE.head_dim * 4
+    assert programs.temp_bytes < pool_bytes / 4
+
+
+def test_an_interrupted_warm_up_drops_what_has_not_begun():
+    engine = wide_engine()
+    programs = Programs(
+        WIDE,
+        dtype=np.dtype("float32"),
+        buckets=engine.programs.buckets,
+        num_pages=engine.memory.num_pages,
+        num_slots=4,
+        num_layers=2,
+        device=CPU,
+        precision="default",
+    )
+    begun = []
+
+    class SlowLowered:
+        def compile(self):
+            begun.append(1)
+            time.sleep(0.05)
+
+    programs._lower = lambda: ((ProgramKey("slow", (i,)), SlowLowered()) for i in range(50))
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        programs.compile(2, lambda *progress: interrupt())
+    time.sleep(0.3)
+    assert len(begun) < 10
+
+
+def test_the_plan_is_printed_first_and_the_metrics_are_json():
     engine = with_scheduler(wide_engine())
-    text = engine.describe()
-    for part in ("device_only", "float32", "40 pages of 16 tokens", "4 requests at once", "1x16"):
-        assert part in text
+    plan = next(line for line in WARM_UP_LINES if "no folder, dummy weights" in line)
+    assert WARM_UP_LINES.index(plan) < WARM_UP_LINES.index("making dummy weights")
+    for part in ("device_only", "float32", "40 pages of 16", "4 requests at once", "1x16"):
+        assert part in plan
+    assert f"{engine.programs.buckets.num_executables} executables" in plan
+    assert f"{engine.programs.buckets.num_executables} executables" in engine.describe()
     run(engine, draw_requests(seed=9))
     metrics = json.loads(json.dumps(engine.metrics()))
-    assert metrics["num_executables"] == engine.programs.buckets.num_executables
+    assert metrics["num_executables"] == len(metrics["compile_sec_by_program"])
     assert metrics["planned_bytes"]["kv_cache"] == 40 * 16 * WIDE.kv_bytes_per_token(4)
     assert metrics["max_pages"] <= metrics["num_pages"] == 40
     assert metrics["num_sweeps"] > 0
 
 
-def test_warm_up_shows_progress(tmp_path):
-    config = make_config(path=str(GOLDEN / "gqa_tied_sharded"))
-    lines = []
-    Engine.create(config, lines.append)
-    assert any(re.match(r"compiled \d+ of \d+ programs", line) for line in lines)
-    assert any("loading weights from" in line for line in lines)
+def test_warm_up_shows_progress():
+    golden_engine("gqa_tied_sharded")
+    assert any(re.match(r"compiled \d+ of \d+ programs", line) for line in WARM_UP_LINES)
+    assert any("loading weights from" in line for line in WARM_UP_LINES)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -215,6 +215,24 @@ def test_a_long_prompt_does_not_stall_the_others():
     assert all(plan.decode is not None for plan in during)
 
 
+@pytest.mark.parametrize(("max_requests", "mean_rows"), [(1, 1.0), (16, 15.0), (256, 180.0)])
+def test_short_requests_fill_the_rows(max_requests, mean_rows):
+    loop = Loop(num_pages=2000, max_requests=max_requests, max_prefill_tokens=512)
+    for index in range(4 * max_requests):
+        loop.submit(make_request(str(index), [5] * 8, 32, ignore_eos=True))
+    loop.run()
+    rows = [len(plan.decode.slots_b) for plan in loop.plans if plan.decode is not None]
+    assert np.mean(rows) >= mean_rows * 0.9
+
+
+def test_no_request_is_preempted_for_pages_that_another_is_about_to_leave():
+    loop = Loop(num_pages=4, max_requests=2)
+    loop.submit(make_request("0", [5] * 7, 20, ignore_eos=True))
+    loop.submit(make_request("1", [6] * 7, 9, ignore_eos=True))
+    loop.run()
+    assert loop.scheduler.stats.num_preemptions == 0
+
+
 def test_a_waiting_request_is_admitted_while_others_decode():
     loop = Loop(num_pages=32, max_requests=2)
     loop.submit(make_request("0", [5] * 4, 40, ignore_eos=True))

@@ -1,0 +1,82 @@
+"""What float64 chooses, greedily or by sampling, and by what margin: the near-tie rule for both.
+
+Logits are the reference's; the noise is the engine's own, which test_sampling holds to its recipe.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import near_tie
+import numpy as np
+import reference
+
+from apex_jax import sampling
+from apex_jax.config import LlamaConfig
+from apex_jax.plan import HeadBatch
+from apex_jax.request import Request
+
+
+def assert_reference_chooses(
+    model: LlamaConfig,
+    tensors: reference.Tensors,
+    requests: Sequence[Request],
+    got: Sequence[Sequence[int]],
+) -> None:
+    """Hold each request's tokens to the reference's choices, by the near-tie rule.
+
+    The reference reads the request's own text: up to the first difference both continue the same,
+    and only that far they are compared.
+    """
+    margins, stds, right = [], [], []
+    for request, tokens in zip(requests, got, strict=True):
+        assert len(tokens) == request.sampling.max_tokens
+        prompt = list(request.prompt_token_ids)
+        logits_tv = reference.logits(model, tensors, [*prompt, *tokens[:-1]])[len(prompt) - 1 :]
+        made = [
+            reference_choice(request, logits_v, len(prompt) + index)
+            for index, logits_v in enumerate(logits_tv)
+        ]
+        right.append([int(token) for token, _ in made])
+        margins.append([margin for _, margin in made])
+        stds.append(logits_tv.std(-1))
+    near_tie.assert_equal_but_for_ties(got, right, margins, stds)
+
+
+def noise(request, position, num_tokens):
+    """The engine's own noise: what is tested here is where it lands, test_sampling has the rest."""
+    head = HeadBatch.of([0], [0], [position], [request.sampling])
+    rows = sampling.SamplingRows(
+        head.temperatures_b,
+        head.top_ks_b,
+        head.top_ps_b,
+        jnp.asarray(head.seeds_b2),
+        np.zeros(1, np.int32),
+        head.positions_b,
+    )
+    ids = jnp.arange(num_tokens)[None]
+    return np.asarray(sampling.token_noise(rows, ids)[0], np.float64)
+
+
+def reference_choice(request, logits_v, position):
+    """Return the token that float64 chooses, and by how many logits it was chosen.
+
+    Where rounding may move a cut by a token, the choice must be the same on both sides of it.
+    """
+    params = request.sampling
+    order = np.argsort(-logits_v, kind="stable")
+    if params.temperature == 0:
+        return order[0], logits_v[order[0]] - logits_v[order[1]]
+    scores = logits_v[order] / params.temperature
+    if params.top_k:
+        scores = scores[: params.top_k]
+    mass = np.cumsum(np.exp(scores - scores.max()))
+    mass /= mass[-1]
+    noisy = scores + noise(request, position, len(order))[order[: len(scores)]]
+    winners, gap = set(), np.inf
+    for top_p in (params.top_p - 1e-5, params.top_p, params.top_p + 1e-5):
+        num_kept = int((mass < top_p).sum()) + 1 if top_p < 1 else len(scores)
+        best = np.argsort(-noisy[:num_kept])[:2]
+        winners.add(order[best[0]])
+        if len(best) > 1:
+            gap = min(gap, noisy[best[0]] - noisy[best[1]])
+    return order[noisy[:num_kept].argmax()], gap * params.temperature * (len(winners) == 1)
