@@ -5,11 +5,13 @@ mutable because ml_collections overrides them from flags; `validate` is called o
 nothing changes them from then on. Imports no jax.
 """
 
+import math
 from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLATFORMS = ("auto", "cpu", "gpu")
 STRATEGIES = ("device_only",)
+ROPE_SCALINGS = ("default", "linear", "llama3")
 
 
 class ConfigError(ValueError):
@@ -60,16 +62,15 @@ class LlamaConfig:
 class ModelConfig:
     """Which model, and from where.
 
-    path: a folder with config.json and safetensors or an Orbax checkpoint. None needs
-    weights=dummy.
+    path: a folder with config.json and safetensors or an Orbax checkpoint; None needs
+        weights=dummy.
     weights: "checkpoint", or "dummy" for random weights of the right shape (benchmarks).
     dtype: of weights, activations and KV cache. "auto" is the checkpoint's on a GPU that computes
-    in
-        it (float16 for bfloat16 where it does not), float32 on a CPU.
+        in it (float16 for bfloat16 where it does not), float32 on a CPU.
     precision: of float32 matrix products: "default" lets a GPU round them to TF32, "highest" does
-    not.
-    architecture: the expected shape; None reads it from the folder. Where both exist they must
-    agree.
+        not.
+    architecture: the expected shape; None reads it from the folder, and where both exist they must
+        agree.
     seed: of dummy weights.
     """
 
@@ -164,26 +165,12 @@ def _require(ok: bool, flag: str, value: object, right: str) -> None:
 
 
 def validate(config: Config) -> None:
-    """Raise ConfigError at the first setting out of its range."""
-    model, cache, scheduler = config.model, config.cache, config.scheduler
-    sources = ("checkpoint", "dummy")
-    _require(model.weights in sources, "model.weights", model.weights, "checkpoint or dummy")
-    precisions = ("default", "highest")
-    _require(
-        model.precision in precisions, "model.precision", model.precision, "default or highest"
-    )
-    _require(model.dtype in DTYPES, "model.dtype", model.dtype, "one of " + ", ".join(DTYPES))
-    if model.weights == "checkpoint":
-        _require(
-            bool(model.path), "model.path", model.path, "a model folder (or set weights=dummy)"
-        )
-    elif not model.path:
-        _require(
-            model.architecture is not None,
-            "model.path",
-            model.path,
-            "a model folder, whose config.json gives the shape of the dummy weights",
-        )
+    """Raise ConfigError at the first setting out of its range.
+
+    Not of `sampling`: those ranges are SamplingParams', and `check_defaults` of batch applies them.
+    """
+    _validate_model(config.model)
+    cache, scheduler = config.cache, config.scheduler
     device_bytes, fraction, page_size = cache.device_bytes, cache.device_fraction, cache.page_size
     _require(
         device_bytes is None or device_bytes > 0, "cache.device_bytes", device_bytes, "positive"
@@ -212,3 +199,67 @@ def validate(config: Config) -> None:
     _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
     span = config.compile.layers_per_program
     _require(span is None or span > 0, "compile.layers_per_program", span, "positive")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    sources = ("checkpoint", "dummy")
+    _require(model.weights in sources, "model.weights", model.weights, "checkpoint or dummy")
+    precisions = ("default", "highest")
+    _require(
+        model.precision in precisions, "model.precision", model.precision, "default or highest"
+    )
+    _require(model.dtype in DTYPES, "model.dtype", model.dtype, "one of " + ", ".join(DTYPES))
+    if model.weights == "checkpoint":
+        _require(
+            bool(model.path), "model.path", model.path, "a model folder (or set weights=dummy)"
+        )
+    elif not model.path:
+        _require(
+            model.architecture is not None,
+            "model.path",
+            model.path,
+            "a model folder, whose config.json gives the shape of the dummy weights",
+        )
+    if model.architecture is not None:
+        _validate_architecture(model.architecture)
+
+
+def _validate_architecture(model: LlamaConfig) -> None:
+    """Raise ConfigError for a shape that is no Llama's; a model folder is read by hf_config."""
+
+    def require(ok: bool, name: str, value: object, right: str) -> None:
+        _require(ok, f"model.architecture.{name}", value, right)
+
+    for name, count in (
+        ("num_layers", model.num_layers),
+        ("d_model", model.d_model),
+        ("d_ffn", model.d_ffn),
+        ("num_heads", model.num_heads),
+        ("num_kv_heads", model.num_kv_heads),
+        ("head_dim", model.head_dim),
+        ("vocab_size", model.vocab_size),
+        ("max_position_embeddings", model.max_position_embeddings),
+        ("rope.original_max_position_embeddings", model.rope.original_max_position_embeddings),
+    ):
+        require(count >= 1, name, count, "at least 1")
+    heads, kv_heads, rope = model.num_heads, model.num_kv_heads, model.rope
+    require(
+        heads % kv_heads == 0, "num_kv_heads", kv_heads, f"a divisor of the {heads} of num_heads"
+    )
+    require(model.head_dim % 2 == 0, "head_dim", model.head_dim, "even: RoPE rotates pairs")
+    for name, value in (
+        ("rms_norm_eps", model.rms_norm_eps),
+        ("rope.theta", rope.theta),
+        ("rope.low_freq_factor", rope.low_freq_factor),
+        ("rope.high_freq_factor", rope.high_freq_factor),
+    ):
+        require(0 < value < math.inf, name, value, "a positive number")
+    require(
+        rope.scaling in ROPE_SCALINGS,
+        "rope.scaling",
+        rope.scaling,
+        "one of " + ", ".join(ROPE_SCALINGS),
+    )
+    require(1 <= rope.factor < math.inf, "rope.factor", rope.factor, "at least 1, and finite")
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    require(low < high, "rope.low_freq_factor", low, f"below rope.high_freq_factor ({high})")

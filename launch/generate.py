@@ -9,6 +9,7 @@ error lines); 2 refused, nothing was done; 3 stopped by a fault such as a full d
 signal's number when interrupted. After 3 and signals the same command goes on where it stopped.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import logging
@@ -86,6 +87,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str], create: CreateEngine = create_engine) -> int:
     """Run the job that the flags describe; return the exit status."""
     del argv  # parse_flags has read it
+    if sys.stderr is None:  # started with 2>&-
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     source, output, metrics = _INPUT.value, _OUTPUT.value, _METRICS.value
     assert source is not None
     assert output is not None
@@ -100,13 +103,15 @@ def main(argv: Sequence[str], create: CreateEngine = create_engine) -> int:
     try:
         return run_job(_CONFIG.value, options, create, sys.stderr)
     except Exception:
-        traceback.print_exc()
-        print("error: the job stopped by a fault; what is written stays", file=sys.stderr)
+        with contextlib.suppress(OSError):  # whoever read stderr may be gone
+            traceback.print_exc()
+            print("error: the job stopped by a fault; what is written stays", file=sys.stderr)
         return EXIT_STOPPED
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_REFUSED)
 
 

@@ -197,6 +197,23 @@ def test_engine_fault_has_its_own_status(command):
     assert "error: the job stopped by a fault; what is written stays" in done.stderr
 
 
+@pytest.mark.parametrize("close", ["2>&1 | head -c 1", "2>&-", "2>/dev/full"])
+def test_job_outlives_its_stderr(command, close):
+    """Nobody reads what it says: its results and its status are as ever."""
+    write_input(command, 60)
+    script = f'{{ "$@"; echo $? >{command.folder}/status; }} {close}'
+    for extra, environment, status in (
+        ((), {"FAKE_STEP_SEC": "0.01"}, 0),
+        (("--overwrite",), {"FAKE_STEP_SEC": "-1"}, 3),
+        (("--nonsense",), {}, 2),
+    ):
+        arguments = ["bash", "-c", script, "bash", *command.arguments(*extra)]
+        command.run(arguments=arguments, **environment)
+        assert int((command.folder / "status").read_text()) == status
+        if status == 0:
+            assert len(without_time(read_output(command.output))) == 60
+
+
 def test_flags_that_are_wrong(command):
     """One start of Python for all: each case is parsed in a process forked from it."""
     write_input(command, 1)

@@ -1,6 +1,7 @@
 """Batch jobs in one process with an engine that needs no model: results, resuming, refusals."""
 
 import dataclasses
+import errno
 import functools
 import io
 import json
@@ -131,6 +132,18 @@ def test_every_line_is_answered_once_and_bad_ones_say_why(job):
     codes = [errors[line]["error"]["code"] for line in (31, 32, 35)]
     assert codes == ["invalid_json", "invalid_request", "duplicate_custom_id"]
     assert "30 finished, 6 failed" in job.said
+
+
+def test_tilde_in_the_model_path(job, monkeypatch):
+    monkeypatch.setenv("HOME", str(job.folder.parent))
+    config = make_config(f"~/{job.folder.name}")
+    write_lines(job.input, [{"custom_id": "a", "prompt": "hi"}])
+    assert job.run(config=config) == 1
+    (line,) = read_output(job.output)
+    assert f"there is no {job.folder}/tokenizer.json" in line["error"]["message"]
+    write_byte_tokenizer(job.folder)
+    assert job.run(config=config, overwrite=True) == 0
+    assert f"tokenizer  {job.folder}/tokenizer.json" in job.said
 
 
 def test_results_without_a_tokenizer_have_no_text(job):
@@ -269,6 +282,22 @@ def test_progress_waits_for_its_interval():
     progress.update(Statistics(None), num_running=0, num_output_tokens=0, elapsed_sec=1.0)
     assert stream.getvalue() == ""
     assert "left" not in format_progress(Statistics(None), 0, 0, 0.0)
+
+
+def test_progress_gives_up_a_stream_that_fails():
+    class Closing(io.StringIO):
+        num_writes = 0
+
+        def write(self, text):
+            self.num_writes += 1
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    stream = Closing()
+    progress = Progress(stream)
+    progress.message("hello")
+    progress.message("is anyone there?")
+    progress.finish()
+    assert stream.num_writes == 1
 
 
 def test_numbers_as_text():
@@ -487,12 +516,27 @@ def test_refused_paths(job):
         assert sorted(os.listdir(folder)) == ["in.jsonl"]
 
 
+def test_metrics_do_not_replace_a_device(job):
+    """A fifo stands for /dev/null, which root would lose."""
+    write_input(job, 2)
+    pipe = job.folder / "pipe"
+    os.mkfifo(pipe)
+    assert job.run(metrics=pipe) == 2
+    assert f"--metrics={pipe} is no regular file, and would be replaced" in job.said
+    assert pipe.is_fifo()
+    assert not job.output.exists()
+
+
 def test_refused_config_and_tokenizer(job):
     write_input(job, 2)
     config = make_config(job.folder)
     config.model.dtype = "float8"
     assert job.run(config=config) == 2
     assert job.said.startswith("error: --config.model.dtype is 'float8'; it must be one of")
+
+    assert job.run(config=make_config(job.folder, top_p=2.0)) == 2
+    assert job.said == ("error: --config.sampling.top_p is 2.0; it must be above 0 and at most 1\n")
+    assert job.engine is None
 
     def failing(config):
         raise ConfigError("no room for the weights")
@@ -555,6 +599,32 @@ def test_full_disk_stops_and_resumes(job, monkeypatch):
     assert job.run() == 0
     assert without_time(read_output(job.output)) == expected
     assert len(job.engine.submitted) == 20 - len(kept)
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "/dev/full"])
+def test_metrics_that_cannot_be_written(job, output):
+    """Their error is said; the job keeps its own status and, last, its own error."""
+    metrics = job.folder / "gone" / "m.json"
+    metrics.parent.mkdir()
+    write_input(job, 20)
+
+    class Vanishing(FakeEngine):
+        def step(self):
+            if metrics.parent.exists():
+                metrics.parent.rmdir()
+            return super().step()
+
+    status = job.run(engine=Vanishing, output=job.folder / output, metrics=metrics)
+    error = f"error: cannot write {metrics}: No such file or directory; the results are not"
+    assert error in job.said
+    last = job.said.splitlines()[-1]
+    if output == "/dev/full":
+        assert status == 3
+        assert last.startswith("error: cannot write /dev/full: No space left on device; the ")
+    else:
+        assert status == 0
+        assert last.startswith(error)
+        assert len(read_output(job.output)) == 20
 
 
 def test_engine_fault_keeps_what_is_written(job):

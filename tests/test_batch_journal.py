@@ -207,6 +207,17 @@ def test_no_room_to_rewrite_leaves_the_file(path, monkeypatch):
     assert path.read_bytes() == before + line(3)
 
 
+def test_rewrite_spares_files_of_the_user(path):
+    mine = path.with_name("out.jsonl.tmp")
+    mine.write_text("my notes")
+    path.write_bytes(line(1) + line(2))
+    journal = open_journal(path)
+    journal.rewrite([(0, len(line(1)))])
+    journal.close()
+    assert mine.read_text() == "my notes"
+    assert sorted(os.listdir(path.parent)) == ["out.jsonl", "out.jsonl.tmp"]
+
+
 def test_missing_folder_and_unwritable_file(path):
     with pytest.raises(OutputError, match=r"cannot write .*: No such file or directory"):
         Journal(path / "no" / "out.jsonl")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -10,8 +11,15 @@ from hypothesis import strategies as st
 
 from apex_jax.batch import lines as batch_lines
 from apex_jax.batch.fields import BODY_FIELDS, NEUTRAL_VALUES, SAMPLING_FIELDS
-from apex_jax.batch.lines import BadLine, BatchRequest, derive_seed, parse_line, read_lines
-from apex_jax.config import SamplingDefaults
+from apex_jax.batch.lines import (
+    BadLine,
+    BatchRequest,
+    check_defaults,
+    derive_seed,
+    parse_line,
+    read_lines,
+)
+from apex_jax.config import ConfigError, SamplingDefaults
 from apex_jax.request import SamplingParams
 
 DEFAULTS = SamplingDefaults()
@@ -203,7 +211,10 @@ def test_openai_envelope(fields, message):
         (b'{"temperature": -Infinity}', "-Infinity is no JSON number"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON that can be read: Exceeds the limit"),
-        (b'{"custom_id": "a", "prompt": "x", "temperature": 1e999}', "temperature is inf"),
+        (
+            b'{"custom_id": "a", "prompt": "x", "temperature": 1e999}',
+            "temperature is inf; it must be a finite",
+        ),
     ],
 )
 def test_what_is_no_request_at_all(data, message):
@@ -240,6 +251,23 @@ def test_long_lines_are_not_held(monkeypatch):
     entry = parse_line(lines[0], DEFAULTS)
     assert entry.code == "line_too_long"
     assert entry.message == "the line is 1001 bytes long; at most 16777216 are read"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("max_tokens", 0, "at least 1"),
+        ("temperature", -0.5, "between 0 and 100"),
+        ("top_k", -1, "at least 0 (0 is off)"),
+        ("top_p", 2.0, "above 0 and at most 1"),
+        ("top_p", float("nan"), "above 0 and at most 1"),
+        ("seed", 2**64, "a 64-bit integer"),
+    ],
+)
+def test_defaults_out_of_range_are_refused(name, value, right):
+    message = re.escape(f"--config.sampling.{name} is {value}; it must be {right}")
+    with pytest.raises(ConfigError, match=message):
+        check_defaults(dataclasses.replace(DEFAULTS, **{name: value}))
 
 
 def test_long_lines_differ_by_their_end():

@@ -1,8 +1,10 @@
 """The configs are the published models, and every kind of field can be overridden from flags."""
 
 import dataclasses
+import functools
 import importlib
 import pathlib
+import re
 import typing
 
 import pytest
@@ -74,6 +76,32 @@ def test_published_models_need_a_path_or_dummy_weights(name):
         validate(config)
     config.model.weights = "dummy"
     validate(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("num_layers", 0, "at least 1"),
+        ("d_ffn", -1, "at least 1"),
+        ("num_kv_heads", 0, "at least 1"),
+        ("num_kv_heads", 5, "a divisor of the 32 of num_heads"),
+        ("head_dim", 127, "even: RoPE rotates pairs"),
+        ("rms_norm_eps", 0.0, "a positive number"),
+        ("rope.theta", float("inf"), "a positive number"),
+        ("rope.scaling", "yarn", "one of default, linear, llama3"),
+        ("rope.factor", 0.5, "at least 1, and finite"),
+        ("rope.low_freq_factor", 4.0, "below rope.high_freq_factor (4.0)"),
+        ("rope.original_max_position_embeddings", 0, "at least 1"),
+    ],
+)
+def test_nonsense_architectures_are_refused(name, value, right):
+    config = get_config("llama_3_1_8b")
+    config.model.weights = "dummy"
+    *owners, field = name.split(".")
+    setattr(functools.reduce(getattr, owners, config.model.architecture), field, value)
+    message = f"--config.model.architecture.{name} is {value!r}; it must be {right}"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(config)
 
 
 def test_demo_config_finds_its_model_from_any_working_folder(tmp_path, monkeypatch):

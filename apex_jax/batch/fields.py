@@ -6,6 +6,7 @@ SamplingParams' own. Called by lines.py for each input line.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
@@ -128,9 +129,12 @@ def read_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} is {show(value)}; it must be a number")
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
         raise RequestError(f"{name} is {show(value)}; it is out of range") from None
+    if not math.isfinite(number):  # what JSON's 1e999 is read as
+        raise RequestError(f"{name} is {show(value)}; it must be a finite number")
+    return number
 
 
 def read_bool(name: str, value: object) -> bool:

@@ -6,14 +6,13 @@ that may not resume can say what differs. Where the sidecar is lost, the hash in
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from apex_jax.batch.fields import is_object
-from apex_jax.batch.journal import OutputError
+from apex_jax.batch.journal import OutputError, replacing
 from apex_jax.batch.lines import canonical_json
 from apex_jax.batch.protocol import BatchModel
 from apex_jax.config import Config
@@ -96,14 +95,8 @@ def write_sidecar(output: Path, identity: Identity) -> None:
 
 def write_json(path: Path, item: Mapping[str, Any]) -> None:
     """Write readable JSON in one atomic step. Raises OutputError naming the file."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="ascii") as file:
-            json.dump(item, file, indent=2, default=str)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            file.write(json.dumps(item, indent=2, default=str).encode("ascii") + b"\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror}") from error

@@ -25,7 +25,7 @@ from apex_jax.batch.identity import (
 )
 from apex_jax.batch.interruption import Interrupted, Interruption
 from apex_jax.batch.journal import Journal, OutputError
-from apex_jax.batch.lines import read_lines
+from apex_jax.batch.lines import check_defaults, read_lines
 from apex_jax.batch.loop import JobLoop
 from apex_jax.batch.progress import Progress, TextStream
 from apex_jax.batch.protocol import BatchEngine, CreateEngine
@@ -98,6 +98,7 @@ class _Job:
     def run(self, create_engine: CreateEngine) -> int:
         options = self._options
         validate(self._config)
+        check_defaults(self._config.sampling)
         self._check_paths()
         with contextlib.ExitStack() as stack:
             source = stack.enter_context(_open_input(options.input))
@@ -157,6 +158,8 @@ class _Job:
                 raise JobRefusedError(f"--{name} is the input, {path}")
             if path.is_dir():
                 raise JobRefusedError(f"--{name}={path} is a folder; name a file")
+            if name == "metrics" and path.exists() and not path.is_file():
+                raise JobRefusedError(f"--{name}={path} is no regular file, and would be replaced")
             if not path.absolute().parent.is_dir():
                 raise JobRefusedError(f"--{name}={path}: there is no folder {path.parent}")
         metrics = options.metrics
@@ -167,7 +170,7 @@ class _Job:
 
     def _load_tokenizer(self) -> Tokenizer | None:
         path = self._config.model.path
-        return None if path is None else load_tokenizer(Path(path))
+        return None if path is None else load_tokenizer(Path(path).expanduser())
 
     def _read_output(self, journal: Journal, known: Mapping[str, Any]) -> set[str]:
         """Learn what is finished; refuse what the input alone shows. Returns the job hashes."""
@@ -241,7 +244,11 @@ class _Job:
         wall_sec: float,
         startup_sec: float,
     ) -> None:
-        """Print the summary and write the metrics file."""
+        """Print the summary and write the metrics file.
+
+        A metrics file that cannot be written is said, and changes neither the status (that tells
+        whether the results are there) nor the error that ended the job.
+        """
         measured = engine.metrics()
         metrics = {
             "complete": status in (EXIT_OK, EXIT_SOME_FAILED),
@@ -255,7 +262,10 @@ class _Job:
         }
         self._progress.message(format_summary(metrics))
         if self._options.metrics is not None:
-            write_json(self._options.metrics, metrics)
+            try:
+                write_json(self._options.metrics, metrics)
+            except OutputError as error:
+                self._progress.message(f"error: {error}; the results are not affected")
 
 
 def _open_input(path: Path) -> io.BufferedReader:

@@ -5,12 +5,14 @@ Each line is one write straight to the kernel, so a killed process loses at most
 writing; fsync every few seconds bounds what a power failure costs.
 """
 
+import contextlib
 import fcntl
 import io
 import os
+import secrets
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 from apex_jax.batch.results import LINE_START, FinishedLine, NotAResultError, decode_line
@@ -138,17 +140,16 @@ class Journal:
         """
         if not self.is_regular:
             raise OutputError(f"{self.path} is no regular file: its lines cannot be moved")
-        temporary = self.path.with_name(self.path.name + ".tmp")
+        descriptor: int | None = None
         try:
-            with open(temporary, "wb") as target, open(self.path, "rb") as source:
-                os.chmod(temporary, stat.S_IMODE(os.fstat(self._descriptor).st_mode))
+            with replacing(self.path) as target, open(self.path, "rb") as source:
+                os.fchmod(target.fileno(), stat.S_IMODE(os.fstat(self._descriptor).st_mode))
                 num_bytes = _copy(source, target, spans)
-                os.fsync(target.fileno())
                 lock(target.fileno())
                 descriptor = os.dup(target.fileno())
-                os.replace(temporary, self.path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            if descriptor is not None:
+                os.close(descriptor)
             raise self._full(error) from error
         os.close(self._descriptor)
         self._descriptor = descriptor
@@ -184,6 +185,26 @@ class Journal:
             f"cannot write {self.path}: {error.strerror}; the {self.num_bytes} bytes of finished "
             "lines before it are kept: make room and start the same command again to go on"
         )
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[io.BufferedWriter]:
+    """Yield a new file that takes the place of `path` in one atomic step if all goes well.
+
+    It lies beside `path` under a name of its own, which no file of the user has, and goes away if
+    anything fails. Raises OSError.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    with open(temporary, "xb") as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def lock(descriptor: int) -> None:

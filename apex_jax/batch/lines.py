@@ -24,7 +24,7 @@ from apex_jax.batch.fields import (
     refuse_unserved,
     show,
 )
-from apex_jax.config import SamplingDefaults
+from apex_jax.config import ConfigError, SamplingDefaults
 from apex_jax.request import RequestError, SamplingParams
 
 # A prompt of a million token ids takes about 7 MB. Longer lines are not held in memory at all.
@@ -102,6 +102,14 @@ def parse_line(raw: RawLine, defaults: SamplingDefaults) -> BatchRequest | BadLi
         if raw.data is None:
             code = "line_too_long"
         return BadLine(custom_id, raw.number, code, str(error), raw.sha256)
+
+
+def check_defaults(defaults: SamplingDefaults) -> None:
+    """Raise ConfigError for a default that every request relying on it would fail with."""
+    try:
+        SamplingParams(**asdict(defaults))
+    except RequestError as error:
+        raise ConfigError(f"--config.sampling.{error}") from None
 
 
 def hash_request(prompt: str | tuple[int, ...], sampling: SamplingParams) -> str:

@@ -155,7 +155,7 @@ class JobLoop:
         prompt = entry.prompt
         if isinstance(prompt, str):
             if self._tokenizer is None:
-                folder = Path(self._config.model.path or "")
+                folder = Path(self._config.model.path or "").expanduser()
                 raise RequestError(
                     f"prompt is text, and there is no {folder / 'tokenizer.json'}: give "
                     "prompt_token_ids"

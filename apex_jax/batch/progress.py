@@ -22,7 +22,11 @@ class TextStream(Protocol):
 
 
 class Progress:
-    """Writes messages and progress to `stream`, which is never closed."""
+    """Writes messages and progress to `stream`, which it never closes.
+
+    A stream that fails (its reader went away, its disk is full) is given up: what is shown is no
+    part of the job, and must not end it.
+    """
 
     def __init__(self, stream: TextStream, log_interval_sec: float = LOG_INTERVAL_SEC) -> None:
         self._stream = stream
@@ -30,12 +34,12 @@ class Progress:
         self._interval_sec = REDRAW_INTERVAL_SEC if self._is_terminal else log_interval_sec
         self._due_sec = 0.0
         self._drawn = False
+        self._is_lost = False
 
     def message(self, text: str) -> None:
         """Print lines that stay."""
         self._clear()
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self._write(text + "\n")
 
     def start(self) -> None:
         """Begin the first interval."""
@@ -56,8 +60,7 @@ class Progress:
         self._due_sec = now + self._interval_sec
         text = format_progress(statistics, num_running, num_output_tokens, elapsed_sec)
         if self._is_terminal:
-            self._stream.write(_CLEAR_LINE + text[: self._num_columns() - 1])
-            self._stream.flush()
+            self._write(_CLEAR_LINE + text[: self._num_columns() - 1])
             self._drawn = True
         else:
             self.message(text)
@@ -65,7 +68,16 @@ class Progress:
     def finish(self) -> None:
         """Take the progress line away."""
         self._clear()
-        self._stream.flush()
+
+    def _write(self, text: str) -> None:
+        """Show `text` at once, unless the stream has failed before."""
+        if self._is_lost:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._is_lost = True
 
     def _num_columns(self) -> int:
         """Width of the terminal: a line that wraps could not be redrawn."""
@@ -76,7 +88,7 @@ class Progress:
 
     def _clear(self) -> None:
         if self._drawn:
-            self._stream.write(_CLEAR_LINE)
+            self._write(_CLEAR_LINE)
             self._drawn = False
 
 
