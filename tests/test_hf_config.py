@@ -73,7 +73,6 @@ def test_reads_everything(read, tmp_path):
         rope=RopeConfig(theta=5e5),
     )
     assert folder.eos_token_ids == {2}
-    assert folder.bos_token_id == 1
     assert folder.dtype == "bfloat16"
 
 
@@ -237,6 +236,8 @@ class TestAttributes:
             {"sliding_window": None, "quantization_config": None},
             {"temperature": 0.6, "max_length": 4096},
             {"architectures": ...},
+            {"bos_token_id": [1, 2]},
+            {"max_sequence_length": 2048, "is_llama_config": True, "rope_interleaved": False},
         ],
     )
     def test_harmless_ones_change_nothing(self, read, changes):
@@ -250,6 +251,7 @@ class TestAttributes:
             ("hidden_act", "gelu"),
             ("is_encoder_decoder", True),
             ("pruned_heads", {"0": [1]}),
+            ("rope_interleaved", True),
             ("use_sliding_window", True),
             ("model_type", "mistral"),
             ("architectures", ["LlamaForSequenceClassification"]),
@@ -347,15 +349,6 @@ class TestTokenIds:
             read({"eos_token_id": value})
         with refuses(f"generation_config.json: {right}"):
             read(generation={"eos_token_id": value})
-
-    def test_bos_comes_from_either_file(self, read):
-        assert read({"bos_token_id": ...}, {"bos_token_id": 7}).bos_token_id == 7
-        assert read({"bos_token_id": 1}, {"bos_token_id": 7}).bos_token_id == 1
-        assert read({"bos_token_id": None}, {}).bos_token_id is None
-
-    def test_bos_is_one(self, read):
-        with refuses("bos_token_id is [1, 2]; it must be one id or null"):
-            read({"bos_token_id": [1, 2]})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 Owns the translation into `LlamaConfig` and the list of what is understood. Refuses, by name, every
 attribute that it neither handles nor knows to be without effect: a model that would be computed
 differently from the reference must not load. Sampling settings in generation_config.json are not
-read (a request says how it is sampled), its EOS and BOS ids are. Imports no jax.
+read (a request says how it is sampled), its EOS ids are; BOS is the tokenizer's. Imports no jax.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 # Read below, or in hf_rope.
 _HANDLED = frozenset(
     """
-    architectures bos_token_id dtype eos_token_id head_dim hidden_size intermediate_size
+    architectures dtype eos_token_id head_dim hidden_size intermediate_size
     max_position_embeddings model_type num_attention_heads num_hidden_layers num_key_value_heads
     partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings
     torch_dtype vocab_size
@@ -30,14 +30,21 @@ _HANDLED = frozenset(
 )
 # Without effect on the logits of a whole model at inference, whatever the value (checked against
 # modeling_llama.py of transformers 5.23). `pretraining_tp` cuts matrices into slices whose products
-# are summed again: the same function in another order. The last two lines belong to generation.
+# are summed again: the same function in another order. `max_sequence_length` and `is_llama_config`
+# are what converters of older checkpoints noted.
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
-    _name_or_path attention_dropout chunk_size_feed_forward id2label initializer_range is_decoder
-    label2id name_or_path output_attentions output_hidden_states pad_token_id pretraining_tp
-    problem_type return_dict sep_token_id task_specific_params tokenizer_class torchscript
-    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    _name_or_path attention_dropout bos_token_id chunk_size_feed_forward id2label initializer_range
+    is_decoder is_llama_config label2id max_sequence_length name_or_path output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type return_dict sep_token_id
+    task_specific_params tokenizer_class torchscript transformers_version unsloth_fixed
+    unsloth_version use_bfloat16 use_cache
+    """.split()  # noqa: SIM905
+)
+# Of generate() in transformers, which old config.json files hold: here a request says such things.
+_GENERATION = frozenset(
+    """
     do_sample max_length min_length num_beams output_scores repetition_penalty
     return_dict_in_generate temperature top_k top_p typical_p
     """.split()  # noqa: SIM905
@@ -50,6 +57,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "is_encoder_decoder": (False,),
     "mlp_bias": (False,),
     "pruned_heads": ({},),
+    "rope_interleaved": (False,),  # pairs of neighbours instead of halves
     "tie_encoder_decoder": (False,),
     "use_sliding_window": (False,),
 }
@@ -60,14 +68,12 @@ class ModelFolder:
     """What the JSON files of a model folder say.
 
     eos_token_ids: the union of config.json's and generation_config.json's; may be empty.
-    bos_token_id: None where neither file names one.
     dtype: of the checkpoint as published: float32, bfloat16, float16 or None where it does not say.
     """
 
     path: Path
     architecture: LlamaConfig
     eos_token_ids: frozenset[int]
-    bos_token_id: int | None
     dtype: str | None
 
 
@@ -97,7 +103,6 @@ def read_model_folder(path: str | Path, expected: LlamaConfig | None = None) -> 
         path=folder,
         architecture=architecture,
         eos_token_ids=frozenset[int]().union(*eos_token_ids),
-        bos_token_id=_bos_token_id((fields, generation), architecture),
         dtype=_read_dtype(fields),
     )
 
@@ -125,7 +130,7 @@ def _check_family(fields: Fields) -> None:
 
 def _check_attributes(fields: Fields) -> None:
     for name, value in fields.values.items():
-        if name in _HANDLED or name in _HARMLESS or value is None:
+        if name in _HANDLED | _HARMLESS | _GENERATION or value is None:
             continue
         if name not in _NEUTRAL:
             raise ConfigError(
@@ -180,17 +185,6 @@ def _token_ids(fields: Fields, name: str, architecture: LlamaConfig) -> frozense
             raise fields.error(name, value, right)
         found.add(token_id)
     return frozenset(found)
-
-
-def _bos_token_id(sources: tuple[Fields, ...], architecture: LlamaConfig) -> int | None:
-    """Return the first file's id; the list that the format allows makes no sense for a prompt."""
-    for fields in sources:
-        ids = _token_ids(fields, "bos_token_id", architecture)
-        if len(ids) > 1:
-            raise fields.error("bos_token_id", fields.values["bos_token_id"], "one id or null")
-        if ids:
-            return next(iter(ids))
-    return None
 
 
 def _read_dtype(fields: Fields) -> str | None:
