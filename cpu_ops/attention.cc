@@ -94,7 +94,7 @@ void HostAttention::Attend(const Pool& pool, const HeadRows& q, int64_t num_head
   const int64_t num_chunks = static_cast<int64_t>(chunk_rows_.size());
   max_.resize(std::max<size_t>(max_.size(), num_chunks * num_heads));
   sum_.resize(max_.size());
-  weighted_.resize(std::max<size_t>(weighted_.size(), num_chunks * num_heads * h));
+  weighted_.resize(std::max<size_t>(weighted_.size(), num_chunks * num_heads * PaddedHeadDim(h)));
   if (num_chunks_left_ < tables.num_rows * num_kv_heads) {
     num_chunks_left_ = tables.num_rows * num_kv_heads;
     chunks_left_ = std::make_unique<std::atomic<int32_t>[]>(num_chunks_left_);
@@ -150,7 +150,7 @@ void HostAttention::Attend(const Pool& pool, const HeadRows& q, int64_t num_head
     chunk.num_tiles = num_tiles;
     chunk.max_g = max_.data() + query;
     chunk.sum_g = sum_.data() + query;
-    chunk.weighted_gh = weighted_.data() + query * h;
+    chunk.weighted_gh = weighted_.data() + query * PaddedHeadDim(h);
     isa_->Attend(shape, chunk);
 
     // Whoever finishes a head's last chunk merges them all, in their order.
@@ -164,7 +164,7 @@ void HostAttention::Attend(const Pool& pool, const HeadRows& q, int64_t num_head
     merge.head_dim = static_cast<int>(h);
     merge.max_g = max_.data() + first_query;
     merge.sum_g = sum_.data() + first_query;
-    merge.weighted_gh = weighted_.data() + first_query * h;
+    merge.weighted_gh = weighted_.data() + first_query * PaddedHeadDim(h);
     merge.chunk_stride = num_heads;
     merge.out_gh = static_cast<char*>(output.out_bnh) + out_query * h * SizeOf(q.dtype);
     merge.out_dtype = q.dtype;

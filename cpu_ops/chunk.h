@@ -24,6 +24,9 @@ inline constexpr int kMaxBlockTiles = 8;
 // What the kernel's buffers hold.
 inline constexpr int kMaxHeadDim = 1024;
 
+// Rows of partial sums are whole vectors of every instruction set, in pairs.
+constexpr int64_t PaddedHeadDim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+
 struct Chunk {
   const void* q_gh;  // the queries that share this kv head, adjacent rows of head_dim
   DType q_dtype;
@@ -38,7 +41,7 @@ struct Chunk {
   int num_tiles;
 
   // Results, in float32: per query the maximum score (base 2), the sum of weights relative to it,
-  // and the sum of values under those weights.
+  // and the sum of values under those weights (rows of PaddedHeadDim).
   float* max_g;
   float* sum_g;
   float* weighted_gh;

@@ -76,11 +76,12 @@ APEX_INLINE void LoadValues(const Element* row, typename S::F& lo, typename S::F
 }
 
 template <class S, class Element>
-APEX_INLINE void UndoPairOrder(const float* in, int num_dims, float* out) {
-  constexpr int kPair = 2 * S::kLanes;
-  for (int d = 0; d < num_dims; ++d) {
-    out[d] =
-        kSharesLanes<Element> ? in[d / kPair * kPair + d % 2 * S::kLanes + d % kPair / 2] : in[d];
+APEX_INLINE void UndoPairOrder(const float* in, int padded_dims, float* out) {
+  for (int d = 0; d < padded_dims; d += 2 * S::kLanes) {
+    typename S::F lo = S::Load(in + d), hi = S::Load(in + d + S::kLanes);
+    if constexpr (kSharesLanes<Element>) S::Interleave(lo, hi);
+    S::Store(out + d, lo);
+    S::Store(out + d + S::kLanes, hi);
   }
 }
 
@@ -109,7 +110,10 @@ struct HeadsKernel {
   static constexpr int kDimPairs = AtMost(4, AtLeast1(S::kAccumulators / (2 * kHeads)));
   static constexpr int kValueTiles = 4;
 
-  alignas(kCacheLine) float q_gh[kHeads * kMaxHeadDim];
+  // Rows of queries start in different sets of the L1 cache.
+  static constexpr int kQueryStride = kMaxHeadDim + 16;
+
+  alignas(kCacheLine) float q_gh[kHeads * kQueryStride];
   alignas(kCacheLine) float weights_gs[kHeads * kChunkTokens];
   alignas(kCacheLine) float sums_gh[kHeads * kMaxHeadDim];  // dims in pair order
 
@@ -120,7 +124,11 @@ struct HeadsKernel {
     // Pass 1: scores = scale * einsum("gh,sh->gs", q, k), the scale taken into q.
     Dispatch(chunk.q_dtype, [&](auto like) {
       const auto* q = static_cast<const decltype(like)*>(chunk.q_gh) + int64_t{head} * h;
-      for (int i = 0; i < kHeads * h; ++i) q_gh[i] = ToFloat(q[i]) * chunk.scale;
+      for (int g = 0; g < kHeads; ++g) {
+        for (int d = 0; d < h; ++d) {
+          q_gh[g * kQueryStride + d] = ToFloat(q[g * h + d]) * chunk.scale;
+        }
+      }
     });
     int tile = 0;
     QDotK<kKeyTiles>(chunk, tile);
@@ -146,8 +154,8 @@ struct HeadsKernel {
       WeightedSumV<1>(chunk, tile, chunk.num_tokens % kTile, padded_dims);
     }
     for (int g = 0; g < kHeads; ++g) {
-      UndoPairOrder<S, Element>(sums_gh + g * padded_dims, h,
-                                chunk.weighted_gh + int64_t{head + g} * h);
+      UndoPairOrder<S, Element>(sums_gh + g * padded_dims, padded_dims,
+                                chunk.weighted_gh + int64_t{head + g} * PaddedHeadDim(h));
     }
   }
 
@@ -167,6 +175,8 @@ struct HeadsKernel {
   template <int kTiles>
   __attribute__((noinline)) void QDotKBlock(const Chunk& chunk, int tile, int slice) {
     constexpr int kRowBytes = 2 * kTile * sizeof(Element);
+    // Tiles whose keys share one broadcast of a query's element, where registers hold so many.
+    constexpr int kTogether = S::kAccumulators >= 16 ? kTiles : 1;
     const int h = chunk.head_dim;
     const char* rows[kTiles];
     const char* next_rows[kTiles];
@@ -183,20 +193,38 @@ struct HeadsKernel {
     }
     for (int d = 0; d < h / 2; ++d) {
       APEX_UNROLL
-      for (int t = 0; t < kTiles; ++t) {
-        const Element* row = reinterpret_cast<const Element*>(rows[t] + d * kRowBytes);
-        if (slice == 0) PrefetchToL2<kRowBytes>(next_rows[t] + d * kRowBytes);
+      for (int first = 0; first < kTiles; first += kTogether) {
+        F lo[kTogether][kSlice], hi[kTogether][kSlice];
         APEX_UNROLL
-        for (int v = 0; v < kSlice; ++v) {
-          F lo, hi;
-          LoadKeys<S, kTile, Element>(row, slice + v, lo, hi);
+        for (int t = 0; t < kTogether; ++t) {
+          const int64_t row = d * int64_t{kRowBytes};
+          if (slice == 0) PrefetchToL2<kRowBytes>(next_rows[first + t] + row);
           APEX_UNROLL
-          for (int g = 0; g < kHeads; ++g) {
-            scores[t][v][g] = S::Fma(lo, S::Set1(q_gh[g * h + 2 * d]), scores[t][v][g]);
+          for (int v = 0; v < kSlice; ++v) {
+            LoadKeys<S, kTile>(reinterpret_cast<const Element*>(rows[first + t] + row), slice + v,
+                               lo[t][v], hi[t][v]);
           }
+        }
+        APEX_UNROLL
+        for (int g = 0; g < kHeads; ++g) {
+          const F q_lo = S::Set1(q_gh[g * kQueryStride + 2 * d]);
           APEX_UNROLL
-          for (int g = 0; g < kHeads; ++g) {
-            scores[t][v][g] = S::Fma(hi, S::Set1(q_gh[g * h + 2 * d + 1]), scores[t][v][g]);
+          for (int t = 0; t < kTogether; ++t) {
+            APEX_UNROLL
+            for (int v = 0; v < kSlice; ++v) {
+              scores[first + t][v][g] = S::Fma(lo[t][v], q_lo, scores[first + t][v][g]);
+            }
+          }
+        }
+        APEX_UNROLL
+        for (int g = 0; g < kHeads; ++g) {
+          const F q_hi = S::Set1(q_gh[g * kQueryStride + 2 * d + 1]);
+          APEX_UNROLL
+          for (int t = 0; t < kTogether; ++t) {
+            APEX_UNROLL
+            for (int v = 0; v < kSlice; ++v) {
+              scores[first + t][v][g] = S::Fma(hi[t][v], q_hi, scores[first + t][v][g]);
+            }
           }
         }
       }
@@ -356,7 +384,7 @@ void MergeChunks(const Merge& merge) {
       const int64_t query = c * merge.chunk_stride + g;
       S::Store(lanes, Exp2<S>(S::Set1(merge.max_g[query] - max)));
       const float weight = lanes[0];
-      const float* weighted_h = merge.weighted_gh + query * h;
+      const float* weighted_h = merge.weighted_gh + query * PaddedHeadDim(h);
       sum += weight * merge.sum_g[query];
       for (int d = 0; d < h; ++d) merged_h[d] += weight * weighted_h[d];
     }

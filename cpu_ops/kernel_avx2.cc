@@ -35,6 +35,11 @@ struct Avx2 {
   static APEX_INLINE void Deinterleave(const BFloat* p, F& lo, F& hi) {
     Widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), lo, hi);
   }
+  static APEX_INLINE void Interleave(F& lo, F& hi) {
+    const F a = _mm256_unpacklo_ps(lo, hi), b = _mm256_unpackhi_ps(lo, hi);
+    lo = _mm256_permute2f128_ps(a, b, 0x20);
+    hi = _mm256_permute2f128_ps(a, b, 0x31);
+  }
   // A tail of a pair of vectors is 8 elements: head_dim is a multiple of 8.
   static APEX_INLINE void LoadPairTail(const BFloat* p, int, F& lo, F& hi) {
     Widen(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), lo, hi);

@@ -40,6 +40,13 @@ struct Avx512 {
   static APEX_INLINE void Deinterleave(const BFloat* p, F& lo, F& hi) {
     Widen(_mm512_loadu_si512(p), lo, hi);
   }
+  static APEX_INLINE void Interleave(F& lo, F& hi) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    const F a = _mm512_permutex2var_ps(lo, first, hi);
+    hi = _mm512_permutex2var_ps(lo, second, hi);
+    lo = a;
+  }
   static APEX_INLINE void LoadPairTail(const BFloat* p, int count, F& lo, F& hi) {
     Widen(_mm512_maskz_loadu_epi32(FirstLanes(count / 2), p), lo, hi);
   }

@@ -36,6 +36,11 @@ struct Neon {
     lo = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
     hi = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
   }
+  static APEX_INLINE void Interleave(F& lo, F& hi) {
+    const F a = vzip1q_f32(lo, hi);
+    hi = vzip2q_f32(lo, hi);
+    lo = a;
+  }
 };
 
 }  // namespace

@@ -47,6 +47,11 @@ struct Portable {
     lo = reinterpret_cast<F>(pairs << 16);
     hi = reinterpret_cast<F>(pairs & 0xffff0000u);
   }
+  static APEX_INLINE void Interleave(F& lo, F& hi) {
+    const F a = {lo[0], hi[0], lo[1], hi[1]};
+    hi = F{lo[2], hi[2], lo[3], hi[3]};
+    lo = a;
+  }
 };
 
 }  // namespace

@@ -74,7 +74,7 @@ def attend(
 ) -> tuple[Float[Array, "b n h"], Float[Array, "b n"]]:
     """Return softmax(scale * q k^T) v of each row over its lengths_b tokens, and the log-sum-exp.
 
-    The output has the queries' dtype; sums and the log-sum-exp are float32. scale: None for h ** -0.5.
+    The output has the dtype of the queries; the log-sum-exp is float32. scale: None for h ** -0.5.
     A row's result is the same to the bit whatever the other rows and the number of threads.
     """
     _check_pool(pool)
