@@ -82,6 +82,10 @@ class HostAttention {
   // decides the NUMA node a page lies on.
   void FirstTouch(void* data, int64_t num_bytes);
 
+  // Reads every cache line once, in order, from all threads, and returns a sum of it: what the
+  // machine's memory gives, to measure the kernel by.
+  uint64_t ReadAll(const void* data, int64_t num_bytes);
+
  private:
   const Isa* isa_;
   std::mutex turn_;  // the buffers'

@@ -33,15 +33,6 @@ double Median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-uint64_t ReadBytes(const char* data, int64_t num_bytes) {
-  uint64_t sums[8] = {};
-  for (int64_t i = 0; i < num_bytes; i += 64) {
-    const auto* words = reinterpret_cast<const uint64_t*>(data + i);
-    for (int j = 0; j < 8; ++j) sums[j] += words[j];
-  }
-  return std::accumulate(sums, sums + 8, uint64_t{0});
-}
-
 int Main(int argc, char** argv) {
   std::map<std::string, std::string> settings = {
       {"kv_heads", "8"}, {"group", "4"},   {"head_dim", "128"}, {"dtype", "bf16"},
@@ -66,7 +57,6 @@ int Main(int argc, char** argv) {
     return 2;
   }
   HostAttention op(static_cast<int>(number("threads")), {}, isa);
-  ThreadPool readers(op.num_threads(), {});
   Pool pool{
       {0, number("kv_heads"), number("page"), number("head_dim"), dtypes.at(settings["dtype"])},
       nullptr};
@@ -106,10 +96,7 @@ int Main(int argc, char** argv) {
   };
   const auto read = [&] {
     const char* data = pool.data + read_slice * slice_bytes;
-    readers.Run((slice_bytes + (1 << 18) - 1) >> 18, [&](int64_t task) {
-      const int64_t begin = task << 18;
-      sink = sink + ReadBytes(data + begin, std::min<int64_t>(1 << 18, slice_bytes - begin));
-    });
+    sink = sink + op.ReadAll(data, slice_bytes);
     read_slice = (read_slice + 1) % num_slices;
     return static_cast<double>(slice_bytes);
   };

@@ -284,14 +284,17 @@ struct HeadsKernel {
   __attribute__((noinline)) void WeightedSumVBlock(const Chunk& chunk, int tile, int num_rows,
                                                    int dim, int padded_dims) {
     const int h = chunk.head_dim;
+    constexpr int kPartBytes = kPairs * kPair * sizeof(Element);
     const int64_t row_bytes = h * int64_t{sizeof(Element)};
     const char* rows[kTiles];
-    const char* next_rows[kTiles];
+    // The next tiles are prefetched from end to end over all dims, whatever part of a row is summed
+    // here.
+    const char* next_tiles[kTiles];
     APEX_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       const int64_t dim_bytes = dim * int64_t{sizeof(Element)};
       rows[t] = chunk.tiles[chunk.num_tiles + tile + t] + dim_bytes;
-      next_rows[t] = chunk.tiles[chunk.num_tiles + tile + kTiles + t] + dim_bytes;
+      next_tiles[t] = chunk.tiles[chunk.num_tiles + tile + kTiles + t] + dim_bytes * kTile;
     }
     F sums[kHeads][2 * kPairs];
     APEX_UNROLL
@@ -306,7 +309,7 @@ struct HeadsKernel {
       for (int t = 0; t < kTiles; ++t) {
         const Element* row = reinterpret_cast<const Element*>(rows[t] + r * row_bytes);
         const float* weights_g = weights_gs + (tile + t) * kTile + r;
-        PrefetchToL2<kPairs * kPair * sizeof(Element)>(next_rows[t] + r * row_bytes);
+        PrefetchToL2<kPartBytes>(next_tiles[t] + r * kPartBytes);
         APEX_UNROLL
         for (int p = 0; p < kPairs; ++p) {
           F lo, hi;

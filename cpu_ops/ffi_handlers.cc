@@ -288,6 +288,12 @@ APEX_EXPORT int apex_num_threads() {
   return op == nullptr ? 0 : op->num_threads();
 }
 
+// Reads memory from the op's threads; see HostAttention::ReadAll. 0 if the op is not set up.
+APEX_EXPORT uint64_t apex_read(const void* data, int64_t num_bytes) {
+  const auto op = apex::Op();
+  return op == nullptr ? 0 : op->ReadAll(data, num_bytes);
+}
+
 APEX_EXPORT const char* apex_supported_isas() {
   static const std::string names = apex::SupportedIsas();
   return names.c_str();

@@ -57,6 +57,8 @@ def load(
         ]
         for name in ("apex_configure", "apex_isa", "apex_supported_isas"):
             getattr(handle, name).restype = ctypes.c_char_p
+        handle.apex_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        handle.apex_read.restype = ctypes.c_uint64
         for name in HANDLERS:
             capsule = jax.ffi.pycapsule(getattr(handle, f"apex_{name}"))
             jax.ffi.register_ffi_target(f"apex_{name}", capsule, platform="cpu")
@@ -104,6 +106,15 @@ def configure(
         handle.apex_num_threads(),
         tuple(cpus),
     )
+
+
+def read_memory(address: int, num_bytes: int) -> int:
+    """Read memory in order from the op's threads; time it to learn the machine's bandwidth.
+
+    address: of memory that the caller keeps alive, such as a pool's `unsafe_buffer_pointer()`.
+    Returns a sum of the words, which means nothing.
+    """
+    return _loaded()[1].apex_read(address, num_bytes)
 
 
 def require_loaded() -> None:
