@@ -58,6 +58,7 @@ test_with_bazel() {
     say "native test, $version"
     run_quietly build/bazel.log "$bazel" test //cpu_ops:all "${overrides[@]}" --repo_env=PYTHON="$python" \
         --symlink_prefix=/ --test_output=errors
+    "$bazel" shutdown
 }
 
 test_with_cmake native ""

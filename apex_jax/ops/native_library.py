@@ -49,6 +49,8 @@ def load(
         if not path.is_file():
             raise FileNotFoundError(f"library: {path} does not exist")
         handle = ctypes.CDLL(str(path))
+        if not hasattr(handle, "apex_read"):
+            raise RuntimeError(f"library: {path} is of another version: run `pip install -e .`")
         handle.apex_configure.argtypes = [
             ctypes.c_int,
             ctypes.POINTER(ctypes.c_int),
