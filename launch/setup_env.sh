@@ -105,7 +105,7 @@ make_env() {
     env_python=$venv/bin/python
     detect_accelerator
     # What the environment depends on. Its own path and the checkout's are in it, for neither can move.
-    wanted="$venv $PWD ${accelerator:-cpu} $(cat pyproject.toml requirements.txt | cksum)"
+    wanted="$venv $PWD ${accelerator:-cpu} $(cat pyproject.toml requirements.txt cpu_ops/*.* | cksum)"
     say "$reason"
     if has_installed "$extra"; then
         say "$venv is up to date"
@@ -128,6 +128,9 @@ make_env() {
     if ! "$env_python" -m pip install --disable-pip-version-check --editable ".${extra:+[$extra]}" \
         ${accelerator:+"jax[$accelerator]"} >"$log" 2>&1; then
         grep '^ *ERROR: ' "$log" | tail -n 3 >&2
+        if grep -q 'CMake Error\|: error: ' "$log"; then
+            die "the host attention op (cpu_ops) could not be built. All the compiler said: $log"
+        fi
         die "pip could not install the packages; is there a network (or a proxy to name in HTTPS_PROXY)? All it said: $log"
     fi
     say "installed in $((SECONDS - started)) s: $("$env_python" -m pip list --disable-pip-version-check --format freeze |
@@ -155,8 +158,7 @@ set_up_env() {
     local python
     python=$(choose_python)
     if ! command -v "${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then
-        say "note: no C++ compiler found; this version runs without, but the host attention op of a later one" \
-            "needs it (apt-get install g++)"
+        die "no C++ compiler found, and the host attention op needs one; on Debian and Ubuntu: apt-get install g++"
     fi
     make_env "${APEX_VENV:-.venv}" "$python" "$1"
 }
