@@ -7,6 +7,7 @@ the configuration and tokenizer: it serves as --config.model.path. It appears on
 Needs host memory for the model once. Exit status: 0 converted, 2 refused, nothing written.
 """
 
+import logging
 import shutil
 import sys
 import tempfile
@@ -57,6 +58,8 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1 or source is None or output is None:
         return _refuse("give --input=HF_FOLDER and --output=FOLDER, and nothing else")
     jax.config.update("jax_platforms", "cpu")  # a GPU has no part in it
+    for library in ("jax", "absl", "orbax"):  # they tell what only their developers need
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         convert(Path(source).expanduser(), Path(output).expanduser())
     except (ConfigError, OSError) as error:

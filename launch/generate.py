@@ -50,11 +50,13 @@ def create_engine(config: Config, on_progress: Callable[[str], None]) -> BatchEn
     # JAX takes 75 % of a GPU, and what it does not take no KV cache can use.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
-    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells which backends it lacks
+    for library in ("jax", "absl", "orbax"):  # they tell what only their developers need
+        logging.getLogger(library).setLevel(logging.WARNING)
     if config.device.platform == "cpu":
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # else a GPU that is not wanted is set up too
+    on_progress("starting JAX")
     from apex_jax.engine import Engine
 
     return Engine.create(config, on_progress)

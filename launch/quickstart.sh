@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to completions: makes the environment (once), then runs a batch job of real prompts
-# on the model that comes with the project. Arguments go to launch/generate.py, as in
-# `bash launch/quickstart.sh --config.sampling.temperature=0`.
+# on the model that comes with the project. Settings may be added, as in
+# `bash launch/quickstart.sh --config.scheduler.max_requests=32`; for a job of your own see README.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_env.sh
@@ -11,6 +11,10 @@ input=configs/demo_requests.jsonl
 output=runs/quickstart.jsonl
 metrics=runs/quickstart_metrics.json
 
+for argument in "$@"; do
+    [[ $argument == --config.* ]] || die "$argument: only settings (--config.…) may be added here; run" \
+        "python -m launch.generate yourself for more (README.md)"
+done
 set_up_env ""
 
 job=(-m launch.generate --config=configs/demo.py --input="$input" --output="$output" --metrics="$metrics")
@@ -18,7 +22,9 @@ job=(-m launch.generate --config=configs/demo.py --input="$input" --output="$out
 job+=(--overwrite "$@")
 mkdir -p runs
 say "python ${job[*]}"
-"$env_python" "${job[@]}"
+status=0
+"$env_python" "${job[@]}" || status=$?
+((status <= 1)) || exit "$status" # 1: complete, with failed requests
 
 say "the first three of $output"
 "$env_python" - "$input" "$output" <<'PY'
@@ -33,3 +39,4 @@ for request in requests[:3]:
     text = response["body"]["choices"][0]["text"] if response else "(failed)"
     print(f"[{request['custom_id']}] {prompt}{text}\n")
 PY
+exit "$status"

@@ -420,7 +420,7 @@ def test_changed_request_stops_the_job(job, change, message, pipe):
         assert job.run() == 2
         assert job.engine is None, "refused before the model loads"
     assert message in job.said
-    assert "start with --overwrite to drop all results, or name another --output" in job.said
+    assert "go back to what it was, name another --output, or drop all results" in job.said
     assert job.output.read_bytes() == before
     assert job.run(overwrite=True) == (1 if "n" in change else 0)
     assert len(read_output(job.output)) == 5
@@ -447,9 +447,9 @@ def test_changed_bad_line_is_refused(job):
 @pytest.mark.parametrize(
     ("sampling", "fingerprint", "message"),
     [
-        ({}, "beef", 'model.fingerprint was "f00d", now "beef"; start with'),
-        ({"temperature": 0.5}, "f00d", "defaults.temperature was 1.0, now 0.5; start with"),
-        ({"seed": 1}, "f00d", "defaults.seed was 0, now 1; start with"),
+        ({}, "beef", 'model.fingerprint was "f00d", now "beef"; go back'),
+        ({"temperature": 0.5}, "f00d", "defaults.temperature was 1.0, now 0.5; go back"),
+        ({"seed": 1}, "f00d", "defaults.seed was 0, now 1; go back"),
     ],
 )
 @pytest.mark.parametrize("sidecar", [True, False])
@@ -691,3 +691,17 @@ def test_job_runs_in_a_thread(job):
     thread.start()
     thread.join()
     assert status == [0]
+
+
+def test_a_misspelt_model_folder_is_not_taken_for_another_job(job):
+    write_lines(job.input, [{"custom_id": "a", "prompt": [1]}])
+    assert job.run() == 0
+    assert job.run(config=make_config("/nowhere")) == 2
+    assert "--config.model.path is '/nowhere'; there is no such folder" in job.said
+    assert "belongs to another job" not in job.said
+
+
+def test_failed_lines_are_pointed_at(job):
+    write_lines(job.input, [{"custom_id": "a", "prompt": [1]}, {"custom_id": "b"}])
+    assert job.run() == 1
+    assert f"note: 1 lines failed; each has a line in {job.output} whose" in job.said

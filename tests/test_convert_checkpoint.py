@@ -1,6 +1,7 @@
 """Converted folders load to the same bits; Orbax folders that do not fit are refused by name."""
 
 import contextlib
+import gc
 import json
 import pathlib
 import re
@@ -22,11 +23,18 @@ from launch import convert_checkpoint
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 VARIANTS = sorted(path.name for path in GOLDEN.iterdir())
-# Orbax leaves an event loop behind when it fails.
+# Orbax leaves coroutines and an event loop behind when it fails.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def bury_coroutines():
+    """Collect what Orbax leaves behind here, where it is expected, and not in some later test."""
+    yield
+    gc.collect()
 
 
 def load(folder, dtype="float32"):

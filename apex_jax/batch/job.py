@@ -170,6 +170,9 @@ class _Job:
 
     def _load_tokenizer(self) -> Tokenizer | None:
         path = self._config.model.path
+        # Said before the folder is compared with an existing output's, which would hide a typo.
+        if path is not None and not Path(path).expanduser().is_dir():
+            raise ConfigError(f"--config.model.path is {path!r}; there is no such folder")
         return None if path is None else load_tokenizer(Path(path).expanduser())
 
     def _read_output(self, journal: Journal, known: Mapping[str, Any]) -> set[str]:
@@ -232,7 +235,13 @@ class _Job:
             self._progress.message(
                 f"note: {num_stale} results in {journal.path} belong to no line of the input"
             )
-        return EXIT_SOME_FAILED if statistics.num_failed + self._index.num_failed else EXIT_OK
+        num_failed = statistics.num_failed + self._index.num_failed
+        if num_failed:
+            self._progress.message(
+                f"note: {num_failed} lines failed; each has a line in {journal.path} whose "
+                '"error" says why (--retry_failed runs them again)'
+            )
+        return EXIT_SOME_FAILED if num_failed else EXIT_OK
 
     def _report(
         self,

@@ -18,7 +18,7 @@ from apex_jax.batch.lines import BadLine, BatchRequest, RawLine, parse_line
 from apex_jax.batch.results import FinishedLine
 from apex_jax.config import SamplingDefaults
 
-_REMEDY = "start with --overwrite to drop all results, or name another --output"
+_REMEDY = "go back to what it was, name another --output, or drop all results with --overwrite"
 
 
 class JobRefusedError(RuntimeError):
