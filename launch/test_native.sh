@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/setup_env.sh
 source launch/setup_env.sh
 python=$(command -v "${PYTHON:-python3}") || die "PYTHON=${PYTHON:-python3} does not run"
+[[ $python == /* ]] || python=$PWD/$python # CMake and Bazel look from other folders
 
 run_quietly() {
     local log=$1
