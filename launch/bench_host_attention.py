@@ -14,7 +14,6 @@ import functools
 import importlib
 import json
 import pathlib
-import platform
 import statistics
 import subprocess
 import time
@@ -27,6 +26,7 @@ import numpy as np
 from absl import app, flags
 
 from apex_jax.ops import host_attention, native_library
+from launch.environment import environment
 
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", required=True)
 _LIBRARY = flags.DEFINE_string("library", None, "The op's library, if not the installed one.")
@@ -232,11 +232,7 @@ def main(argv: list[str]) -> None:
                         native_rows.append(native_row(name, dtype, context, batch, op))
                         print(native_rows[-1], flush=True)
     result = {
-        "machine": {
-            "cpu": _cpu_model(),
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-        },
+        "environment": environment(),
         "isa": op.isa,
         "page_size": PAGE_SIZE,
         "rounds": _ROUNDS.value,
@@ -267,13 +263,6 @@ def summarise(rows: list[dict]) -> list[dict]:
         }
         for (shape, dtype, threads), quotients in groups.items()
     ]
-
-
-def _cpu_model() -> str:
-    """The CPU and the number of its cores that this process may use."""
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line]
-    return f"{names[0].partition(': ')[2] if names else platform.machine()}, {len(names)} cores"
 
 
 if __name__ == "__main__":
