@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLATFORMS = ("auto", "cpu", "gpu")
-STRATEGIES = ("device_only",)
+STRATEGIES = (
+    "device_only",
+    "full_offload",
+    "asymmetric_pipelining",
+    "async_overlap",
+    "staggered",
+    "passes",
+)
 ROPE_SCALINGS = ("default", "linear", "llama3")
 
 
@@ -89,10 +96,13 @@ class CacheConfig:
     device_bytes: budget of the device pool; None takes device_fraction of what is free after the
         weights (on a CPU at most 4 GiB, and never more than max_requests requests of max_model_len
         tokens can use).
-    page_size: tokens per page.
+    host_bytes: budget of the host pool, for strategies with a host lane; None takes half of what is
+        free there (and never more than max_host_requests requests of max_model_len tokens can use).
+    page_size: tokens per page, in both pools.
     """
 
     device_bytes: int | None = None
+    host_bytes: int | None = None
     device_fraction: float = 0.9
     page_size: int = 16
 
@@ -101,15 +111,23 @@ class CacheConfig:
 class SchedulerConfig:
     """What may run together.
 
-    strategy: how host and device share the work; "device_only" is the one this version has.
-    max_requests: requests that decode or prefill at once.
+    strategy: how host and device share the work (docs/strategies.md): device_only, full_offload,
+        asymmetric_pipelining, async_overlap, staggered or passes.
+    cohorts: groups in which host-lane requests move through the layers, for `staggered` and
+        `passes`; the other strategies have one or two.
+    passes: layers a cohort may advance per sweep, for `passes`.
+    max_requests: requests on the device that decode or prefill at once.
+    max_host_requests: likewise on the host.
     max_prefill_tokens: prompt tokens per sweep; long prompts are cut into chunks of this size.
     max_model_len: prompt plus output tokens a request may reach; None is the model's own limit, or
         what the KV cache holds where that is less.
     """
 
     strategy: str = "device_only"
+    cohorts: int = 2
+    passes: int = 2
     max_requests: int = 64
+    max_host_requests: int = 128
     max_prefill_tokens: int = 512
     max_model_len: int | None = None
 
@@ -136,6 +154,22 @@ class DeviceConfig:
 
 
 @dataclass
+class HostConfig:
+    """The host lane's worker and its attention op.
+
+    threads: of the op; None for one fewer than the CPUs it may use, which leaves one to Python.
+    cpus: where they run, such as "2,4-7"; empty for anywhere. numa_node: the node whose CPUs are
+    taken instead. isa: instruction set of the kernel (avx512, avx2, neon, portable); empty for the
+    best.
+    """
+
+    threads: int | None = None
+    cpus: str = ""
+    numa_node: int | None = None
+    isa: str = ""
+
+
+@dataclass
 class CompileConfig:
     """cache_dir: folder that keeps compiled programs between runs; empty for none.
 
@@ -156,6 +190,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    host: HostConfig = field(default_factory=HostConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
 
 

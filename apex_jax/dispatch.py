@@ -1,119 +1,467 @@
 """The dispatch loop: carries a sweep's plan out, stage by stage, over a backend's verbs.
 
-Owns the order of stages and nothing else: what a stage computes is the backend's, what a sweep does
-is the plan's. Every schedule is this loop with another policy, on every backend. Imports no jax.
+Owns the order of stages, where each cohort stands, and the moves under way. What a stage computes
+is the backend's, what a sweep does is the plan's, and what happens where a cohort stands at a
+boundary is the policy's: every schedule is this loop with another policy, on every backend.
+
+Points: a token of a cohort passes points 0 to L. Point 0 embeds it and enters layer 0; point p
+(1 to L - 1) is boundary(p), out of layer p - 1 and into layer p; point L leaves the last layer and
+samples. Between two points lies the host's attention of one layer. Imports no jax.
 """
 
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int32
 
-from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch, SweepPlan
-
-
-@dataclass(frozen=True)
-class Embed:
-    """Start a batch: tokens to hidden states."""
-
-    batch: DecodeBatch | PrefillBatch
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Carry a batch's hidden states through consecutive layers, attention on the device."""
-
-    batch: DecodeBatch | PrefillBatch
-    first_layer: int
-
-
-@dataclass(frozen=True)
-class Head:
-    """Sample the next token of a batch's rows and leave it in the rows' slots."""
-
-    batch: HeadBatch
-
-
-Stage = Embed | Layers | Head
-
-
-@runtime_checkable
-class Handle(Protocol):
-    """What a stage will yield; it may be given to the next stage long before it is ready."""
-
-    def read(self) -> Int32[np.ndarray, "b"]:
-        """Return the sampled tokens of a Head stage, in its batch's order; waits for them."""
-        ...
-
-
-@runtime_checkable
-class Backend(Protocol):
-    """Hardware as the loop sees it. Stages run in the order of their enqueueing."""
-
-    def enqueue(self, stage: Stage, operand: Handle | None = None) -> Handle:
-        """Start a stage without waiting; `operand` is the handle of the hidden states it takes."""
-        ...
-
-    def wait_any(self, handles: Sequence[Handle], deadline_sec: float) -> Handle | None:
-        """Return the first handle that is ready, or None once now() passes the deadline."""
-        ...
-
-    def now(self) -> float:
-        """Return seconds on the backend's own clock."""
-        ...
+from apex_jax.hardware import (
+    Backend,
+    Boundary,
+    DeviceAttention,
+    Embed,
+    Export,
+    Handle,
+    Head,
+    HostAttention,
+    Import,
+    Layers,
+    PostAttention,
+    PreAttention,
+    ReadPages,
+    Stage,
+    StagedLayer,
+    WritePages,
+)
+from apex_jax.plan import (
+    CohortBatch,
+    DecodeBatch,
+    Direction,
+    HeadBatch,
+    HostPrefillBatch,
+    Move,
+    PrefillBatch,
+    SweepPlan,
+)
+from apex_jax.policies import Action, CohortView, Policy
 
 
 class StuckError(RuntimeError):
-    """A sweep did not complete within the watchdog's time."""
+    """Nothing moved within the watchdog's time."""
 
 
 @dataclass(frozen=True)
 class SweepHandle:
-    """A sweep under way: its last stage, and the heads that sample its tokens."""
+    """A sweep under way.
+
+    last: its last device stage; None where it had none. heads: what samples its tokens, in the
+    order prefill, host prefill, decode, then `sampled_cohorts`. finished_moves: ids.
+    """
 
     sweep_id: int
-    last: Handle
+    last: Handle | None
     heads: tuple[Handle, ...]
+    sampled_cohorts: tuple[int, ...]
+    finished_moves: tuple[int, ...]
+
+
+@dataclass
+class DispatchStats:
+    """Counts of what was decided at boundaries."""
+
+    num_merges: int = 0
+    num_extra_passes: int = 0
+    num_joint_heads: int = 0
+    num_head_passes: int = 0
+    num_late: int = 0  # a cohort stood at the device's boundary and its attention was not ready
+    num_host_jobs: int = 0
+    num_device_stages: int = 0
+    num_moves: Counter[Direction] = field(default_factory=Counter)
+
+
+@dataclass
+class _Cohort:
+    """A cohort's token on its way. handle: attended rows of layer point - 1; None at point 0."""
+
+    batch: CohortBatch
+    point: int = 0
+    handle: Handle | None = None
+    num_passes: int = 0  # points passed in this sweep
+
+
+@dataclass
+class _Moving:
+    """A move on its way, a few layers at a time."""
+
+    move: Move
+    next_layer: int = 0
+    under_way: deque[tuple[int, Handle]] = field(default_factory=deque)
+
+
+@dataclass
+class _Sweep:
+    """What a launch gathers for its SweepHandle."""
+
+    heads: list[Handle] = field(default_factory=list)
+    sampled: list[tuple[int, Handle]] = field(default_factory=list)
+    finished_moves: list[int] = field(default_factory=list)
 
 
 class Dispatch:
     """The loop over one backend.
 
-    first_layers: where each program of consecutive layers begins. watchdog_sec: how long a sweep
-    may take before the job is failed.
+    layers_per_program: of the Layers stage; it divides num_layers. watchdog_sec: how long anything
+    may take before the job is failed. max_transit_pages: pages of a layer on their way between
+    the lanes at once, because their copies take device memory; one batch of more goes alone.
     """
 
-    def __init__(self, backend: Backend, first_layers: Sequence[int], watchdog_sec: float):
-        self._backend = backend
-        self._first_layers = tuple(first_layers)
+    def __init__(
+        self,
+        backend: Backend,
+        policy: Policy,
+        *,
+        num_layers: int,
+        layers_per_program: int,
+        watchdog_sec: float,
+        max_transit_pages: int = 256,
+    ):
+        self.stats = DispatchStats()
+        self._backend, self._policy = backend, policy
+        self._num_layers, self._span = num_layers, layers_per_program
         self._watchdog_sec = watchdog_sec
+        self._max_transit_pages = max_transit_pages
+        self._cohorts: dict[int, _Cohort] = {}
+        self._moves: list[_Moving] = []
+        self._transit: deque[tuple[int, Handle]] = deque()
+        self._host_prefill: list[Handle] = []  # the group's hidden states, a handle a chunk
+        self._queue: deque[Handle] = deque()  # device stages not known to have ended
+        self._last: Handle | None = None
+
+    # The two verbs of the engine
 
     def launch(self, plan: SweepPlan) -> SweepHandle:
-        """Enqueue every stage of the sweep, prefill first; returns before they have run."""
-        heads: list[Handle] = []
-        last: Handle | None = None
-        for batch, head in plan.batches:
-            last = self._backend.enqueue(Embed(batch))
-            for first_layer in self._first_layers:
-                last = self._backend.enqueue(Layers(batch, first_layer), last)
-            if head is not None:
-                last = self._backend.enqueue(Head(head), last)
-                heads.append(last)
-        if last is None:
-            raise ValueError(f"sweep {plan.sweep_id} has neither prefill nor decode rows")
-        return SweepHandle(plan.sweep_id, last, tuple(heads))
+        """Run ahead through the sweep: prefill, then decode rows with the cohorts.
+
+        Returns when its last stage is enqueued: long before it has run, where no cohort is on its
+        way.
+        Raises StuckError after the watchdog's time, and what made a host job fail.
+        """
+        sweep = _Sweep()
+        self._last = None
+        self._queue_depth()  # forgets what has ended
+        for cohort_id in plan.dropped_cohorts:
+            del self._cohorts[cohort_id]
+        for batch in plan.cohorts:
+            assert batch.cohort_id not in self._cohorts, f"cohort {batch.cohort_id} is under way"
+            self._cohorts[batch.cohort_id] = _Cohort(batch)
+        for cohort in self._cohorts.values():
+            cohort.num_passes = 0
+        self._moves += [_Moving(move) for move in plan.moves]
+        self._carry_moves(sweep)
+        self._enter()
+        if plan.prefill is not None:
+            x = self._through_programs(plan.prefill)
+            if plan.prefill_head is not None:
+                sweep.heads += self._enqueue(Head((plan.prefill_head,)), x)
+        if plan.host_prefill is not None:
+            self._prefill_for_host(plan.host_prefill, sweep)
+        if plan.decode is not None:
+            assert plan.decode_head is not None
+            self._decode(plan.decode, plan.decode_head, sweep)
+        elif self._cohorts:
+            self._advance_alone(sweep)
+        elif self._last is None and self._transit:
+            self._wait([handle for _, handle in self._transit])
+        return SweepHandle(
+            plan.sweep_id,
+            self._last,
+            (*sweep.heads, *(handle for _, handle in sweep.sampled)),
+            tuple(cohort_id for cohort_id, _ in sweep.sampled),
+            tuple(sweep.finished_moves),
+        )
 
     def read(self, sweep: SweepHandle) -> Int32[np.ndarray, "b"]:
-        """Wait for the sweep and return its sampled tokens, prefill rows first.
+        """Wait for the sweep and return its sampled tokens, in the order of its heads.
 
         Raises StuckError after the watchdog's time.
         """
-        deadline_sec = self._backend.now() + self._watchdog_sec
-        if self._backend.wait_any([sweep.last], deadline_sec) is None:
-            raise StuckError(
-                f"sweep {sweep.sweep_id} did not complete within {self._watchdog_sec:g} s"
-            )
+        if sweep.last is not None:
+            deadline_sec = self._backend.now() + self._watchdog_sec
+            if self._backend.wait_any([sweep.last], deadline_sec) is None:
+                raise StuckError(
+                    f"sweep {sweep.sweep_id} did not complete within {self._watchdog_sec:g} s; "
+                    f"{self.describe()}"
+                )
         tokens = [head.read() for head in sweep.heads]
         return np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+
+    def describe(self) -> str:
+        """Return where everything stands, in a line, for error messages."""
+        cohorts = ", ".join(
+            f"cohort {one.batch.cohort_id} ({len(one.batch.decode.slots_b)} rows) at point "
+            f"{one.point} of {self._num_layers}"
+            for one in self._cohorts.values()
+        )
+        moves = ", ".join(
+            f"{one.move.direction} {one.move.move_id} at layer {one.next_layer} with "
+            f"{len(one.under_way)} under way"
+            for one in self._moves
+        )
+        return (
+            f"{len(self._queue)} device stages not seen to end; {cohorts or 'no cohorts'}; "
+            f"{moves or 'no moves'}"
+        )
+
+    # Device rows
+
+    def _through_programs(self, batch: DecodeBatch | PrefillBatch) -> Handle:
+        (x,) = self._enqueue(Embed(batch))
+        for first_layer in range(0, self._num_layers, self._span):
+            (x,) = self._enqueue(Layers(batch, first_layer), x)
+        return x
+
+    def _decode(self, batch: DecodeBatch, head: HeadBatch, sweep: _Sweep) -> None:
+        """Carry the device rows through all layers; cohorts join or pass at decision points."""
+        if not self._is_anyone_under_way:
+            sweep.heads += self._enqueue(Head((head,)), self._through_programs(batch))
+            return
+        (x,) = self._enqueue(Embed(batch))
+        layer, is_inside = 0, False  # inside: behind PreAttention or Boundary of `layer`
+        while True:
+            stop = self._next_decision(layer)
+            while not is_inside and layer + self._span < stop:
+                (x,) = self._enqueue(Layers(batch, layer), x)
+                layer += self._span
+            if not is_inside:
+                (x,) = self._enqueue(PreAttention(layer), x)
+            (x,) = self._enqueue(DeviceAttention(batch, layer), x)
+            while layer + 1 < stop:
+                layer += 1
+                (x,) = self._enqueue(Boundary(layer), x)
+                (x,) = self._enqueue(DeviceAttention(batch, layer), x)
+            merging = self._decide(stop, sweep)
+            if stop == self._num_layers:
+                break
+            layer, is_inside = stop, True
+            if merging:
+                [cohort] = merging
+                assert cohort.handle is not None
+                x, entered = self._enqueue(Boundary(layer), x, cohort.handle)
+                self.stats.num_merges += 1
+                self._attend_on_host(cohort, entered)
+            elif layer + self._span < self._next_decision(layer):
+                (x,) = self._enqueue(PostAttention(layer - 1), x)
+                is_inside = False
+            else:
+                (x,) = self._enqueue(Boundary(layer), x)
+        (x,) = self._enqueue(PostAttention(self._num_layers - 1), x)
+        self._sample(sweep, merging, (head, x))
+
+    def _next_decision(self, layer: int) -> int:
+        """Return the next boundary behind `layer` at which a cohort may do something."""
+        points = [one.point for one in self._cohorts.values() if one.handle is not None]
+        if points and self._policy.every_boundary:
+            return layer + 1
+        return min((point for point in points if point > layer), default=self._num_layers)
+
+    # Cohorts
+
+    @property
+    def _is_anyone_under_way(self) -> bool:
+        return any(one.handle is not None for one in self._cohorts.values())
+
+    def _decide(self, boundary: int, sweep: _Sweep) -> list[_Cohort]:
+        """Ask the policy about each cohort; give extra passes, return who merges."""
+        self._carry_moves(sweep)
+        merging: list[_Cohort] = []
+        for cohort in list(self._cohorts.values()):
+            if cohort.handle is None:
+                continue
+            # A boundary is shared by two groups at most, a head by any number.
+            can_merge = cohort.point == boundary and (not merging or boundary == self._num_layers)
+            action = self._ask(boundary, cohort, can_merge=can_merge)
+            if action is Action.MERGE:
+                merging.append(cohort)
+            elif action is Action.EXTRA_PASS:
+                self._pass_alone(cohort, sweep)
+            elif can_merge:
+                self.stats.num_late += 1
+        return merging
+
+    def _ask(self, boundary: int, cohort: _Cohort, *, can_merge: bool) -> Action:
+        """Decide late: wait for the attention, or for the device to run out of stages."""
+        assert cohort.handle is not None
+        while True:
+            view = CohortView(
+                cohort_id=cohort.batch.cohort_id,
+                point=cohort.point,
+                num_layers=self._num_layers,
+                num_passes=cohort.num_passes,
+                can_merge=can_merge,
+                is_ready=self._is_ready(cohort.handle),
+                queue_depth=self._queue_depth(),
+            )
+            action = self._policy.at_boundary(boundary, view)
+            if action is not Action.WAIT:
+                assert view.is_ready or action is Action.SKIP
+                assert can_merge or action is not Action.MERGE
+                return action
+            self._wait([cohort.handle, *list(self._queue)[-2:-1]])
+
+    def _enter(self) -> None:
+        """Let cohorts begin their token: embed it and enter layer 0."""
+        for cohort in self._cohorts.values():
+            points = [one.point for one in self._cohorts.values() if one.handle is not None]
+            if cohort.handle is None and self._policy.may_enter(points, self._num_layers):
+                (x,) = self._enqueue(Embed(cohort.batch.decode))
+                (entered,) = self._enqueue(PreAttention(0), x)
+                self._attend_on_host(cohort, entered)
+
+    def _pass_alone(self, cohort: _Cohort, sweep: _Sweep) -> None:
+        """Carry a cohort past its point out of the device's turn."""
+        assert cohort.handle is not None
+        if cohort.point == self._num_layers:
+            self._sample(sweep, [cohort], None)
+            return
+        (entered,) = self._enqueue(Boundary(cohort.point), cohort.handle)
+        self.stats.num_extra_passes += 1
+        self._attend_on_host(cohort, entered)
+
+    def _attend_on_host(self, cohort: _Cohort, entered: Handle) -> None:
+        """Hand rows that have entered the layer of the cohort's point to the host."""
+        job = HostAttention(cohort.batch.cohort_id, cohort.point, cohort.batch.decode)
+        cohort.handle = self._backend.submit_host(job, entered)
+        cohort.point += 1
+        cohort.num_passes += 1
+        self.stats.num_host_jobs += 1
+
+    def _sample(
+        self, sweep: _Sweep, cohorts: list[_Cohort], device: tuple[HeadBatch, Handle] | None
+    ) -> None:
+        """Sample device rows and cohorts in one head; their tokens are then complete."""
+        last_layer = self._num_layers - 1
+        batches, groups = ([device[0]], [device[1]]) if device else ([], [])
+        for cohort in cohorts:
+            assert cohort.handle is not None
+            batches.append(cohort.batch.head)
+            groups += self._enqueue(PostAttention(last_layer), cohort.handle)
+            del self._cohorts[cohort.batch.cohort_id]
+        heads = self._enqueue(Head(tuple(batches)), *groups)
+        if device:
+            sweep.heads.append(heads[0])
+            self.stats.num_joint_heads += len(cohorts)
+        else:
+            self.stats.num_head_passes += len(cohorts)
+        ids = [cohort.batch.cohort_id for cohort in cohorts]
+        sweep.sampled += zip(ids, heads[len(heads) - len(ids) :], strict=True)
+
+    def _advance_alone(self, sweep: _Sweep) -> None:
+        """Without device rows: pass whichever cohort is ready until one of them has sampled.
+
+        Ends sooner where the device has finished this sweep's prefill and wants the next.
+        """
+        prefilled = [] if self._last is None else [self._last]
+        while not sweep.sampled:
+            self._enter()
+            under_way = [one for one in self._cohorts.values() if one.handle is not None]
+            handles = [one.handle for one in under_way if one.handle is not None]
+            ready = self._wait([*handles, *prefilled])
+            self._carry_moves(sweep)
+            for cohort in under_way:
+                if cohort.handle is ready:
+                    self._pass_alone(cohort, sweep)
+                    break
+            else:
+                return
+
+    # Prompts bound for the host, and moves between the lanes
+
+    def _prefill_for_host(self, part: HostPrefillBatch, sweep: _Sweep) -> None:
+        num_chunks = len(part.chunks)
+        for unit in range(part.first_unit, part.end_unit):
+            layer, index = divmod(unit, num_chunks)
+            chunk = part.chunks[index]
+            if layer == 0:
+                self._host_prefill += self._enqueue(Embed(chunk))
+            (x,) = self._enqueue(StagedLayer(chunk, layer), self._host_prefill[index])
+            self._host_prefill[index] = x
+            if index == num_chunks - 1:
+                while not self._has_transit_room(len(part.host_pages_i)):
+                    self._wait([self._transit[0][1]])
+                self._to_host(layer, part.staging_pages_i, part.host_pages_i, from_staging=True)
+        if part.head is not None:
+            sweep.heads += self._enqueue(Head((part.head,)), self._host_prefill[-1])
+            self._host_prefill = []
+
+    def _to_host(
+        self,
+        layer: int,
+        device_pages_i: Int32[np.ndarray, "i"],
+        host_pages_i: Int32[np.ndarray, "i"],
+        *,
+        from_staging: bool,
+    ) -> None:
+        (exported,) = self._enqueue(Export(layer, device_pages_i, from_staging=from_staging))
+        written = self._backend.submit_host(WritePages(layer, host_pages_i), exported)
+        self._transit.append((len(host_pages_i), written))
+
+    def _has_transit_room(self, num_pages: int) -> bool:
+        """Whether so many pages of a layer may set out; what has arrived is forgotten."""
+        while self._transit and self._is_ready(self._transit[0][1]):
+            self._transit.popleft()
+        num_under_way = sum(count for count, _ in self._transit)
+        return not self._transit or num_under_way + num_pages <= self._max_transit_pages
+
+    def _carry_moves(self, sweep: _Sweep) -> None:
+        """Take moves as far as they can go without waiting."""
+        for moving in list(self._moves):
+            move, num_pages = moving.move, len(moving.move.host_pages_i)
+            if move.direction is Direction.DEMOTION:
+                while moving.next_layer < self._num_layers and self._has_transit_room(num_pages):
+                    self._to_host(
+                        moving.next_layer,
+                        move.device_pages_i,
+                        move.host_pages_i,
+                        from_staging=False,
+                    )
+                    moving.next_layer += 1
+            else:
+                while moving.under_way and self._is_ready(moving.under_way[0][1]):
+                    layer, was_read = moving.under_way.popleft()
+                    self._enqueue(Import(layer, move.device_pages_i), was_read)
+                while moving.next_layer < self._num_layers and self._has_transit_room(num_pages):
+                    job = ReadPages(moving.next_layer, move.host_pages_i)
+                    was_read = self._backend.submit_host(job)
+                    moving.under_way.append((moving.next_layer, was_read))
+                    self._transit.append((num_pages, was_read))
+                    moving.next_layer += 1
+            if moving.next_layer == self._num_layers and not moving.under_way:
+                self._moves.remove(moving)
+                sweep.finished_moves.append(move.move_id)
+                self.stats.num_moves[move.direction] += 1
+
+    # Waiting
+
+    def _enqueue(self, stage: Stage, *operands: Handle) -> tuple[Handle, ...]:
+        handles = self._backend.enqueue(stage, *operands)
+        self.stats.num_device_stages += 1
+        self._last = handles[-1]
+        self._queue.append(handles[-1])
+        return handles
+
+    def _is_ready(self, handle: Handle) -> bool:
+        return self._backend.wait_any([handle], self._backend.now()) is not None
+
+    def _queue_depth(self) -> int:
+        """Return how many stages the device has left to end, as far as is known."""
+        while self._queue and self._is_ready(self._queue[0]):
+            self._queue.popleft()
+        return len(self._queue)
+
+    def _wait(self, handles: Sequence[Handle]) -> Handle:
+        deadline_sec = self._backend.now() + self._watchdog_sec
+        ready = self._backend.wait_any(handles, deadline_sec)
+        if ready is None:
+            raise StuckError(f"nothing moved for {self._watchdog_sec:g} s: {self.describe()}")
+        return ready

@@ -6,6 +6,7 @@ printed and compared after the scheduler's own state has moved on. Imports no ja
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
@@ -15,11 +16,12 @@ from apex_jax.request import SamplingParams
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """One token for each device-lane row, fed from the device's own `tokens_by_slot`.
+    """One token for each row of one lane, fed from the device's own `tokens_by_slot`.
 
     slots_b: where each row's last token lies on the device.
     positions_b: index of that token in its sequence, which is also its KV length before the sweep.
-    block_table_bm: pages of each sequence in order; entries past the position are unspecified.
+    block_table_bm: pages (of the lane's own pool) of each sequence in order; entries past the
+    position are unspecified.
     """
 
     slots_b: Int32[np.ndarray, "b"]
@@ -84,17 +86,65 @@ class HeadBatch:
 
 
 @dataclass(frozen=True)
+class CohortBatch:
+    """One token for the rows of a host-lane cohort, which move through the layers together.
+
+    It may take many sweeps; until it has sampled, the cohort gets no other.
+    """
+
+    cohort_id: int
+    decode: DecodeBatch
+    head: HeadBatch
+
+
+@dataclass(frozen=True)
+class HostPrefillBatch:
+    """A part of the layer-major prefill of prompts bound for the host.
+
+    chunks: the prompts, cut along their tokens (several rows only where one chunk holds them);
+    block tables name pages of the staging plane, which holds the KV of one layer at a time.
+    A unit is one chunk in one layer, chunks within layers; this part runs units first_unit to
+    end_unit - 1. staging_pages_i, host_pages_i: where the whole group's KV of a layer lies after
+    its last chunk, and where it goes. head: of the last chunk, where this part ends the group.
+    """
+
+    chunks: tuple[PrefillBatch, ...]
+    first_unit: int
+    end_unit: int
+    staging_pages_i: Int32[np.ndarray, "i"]
+    host_pages_i: Int32[np.ndarray, "i"]
+    head: HeadBatch | None
+
+
+class Direction(StrEnum):
+    PROMOTION = "promotion"  # host to device
+    DEMOTION = "demotion"  # device to host
+
+
+@dataclass(frozen=True)
+class Move:
+    """A sequence's KV going from one lane to the other, layer by layer, page by page."""
+
+    move_id: int
+    direction: Direction
+    device_pages_i: Int32[np.ndarray, "i"]
+    host_pages_i: Int32[np.ndarray, "i"]
+
+
+@dataclass(frozen=True)
 class SweepPlan:
-    """What one sweep does: prefill chunks, then decode rows, each with its own head."""
+    """What one sweep does: prefill chunks, then decode rows, each with its own head.
+
+    cohorts: those that begin a token; others may be on their way. dropped_cohorts: those whose rows
+    have all ended meanwhile. moves: those that begin.
+    """
 
     sweep_id: int
-    prefill: PrefillBatch | None
-    prefill_head: HeadBatch | None
-    decode: DecodeBatch | None
-    decode_head: HeadBatch | None
-
-    @property
-    def batches(self) -> list[tuple[DecodeBatch | PrefillBatch, HeadBatch | None]]:
-        """The batches there are, in the order of their running."""
-        both = ((self.prefill, self.prefill_head), (self.decode, self.decode_head))
-        return [(batch, head) for batch, head in both if batch is not None]
+    prefill: PrefillBatch | None = None
+    prefill_head: HeadBatch | None = None
+    decode: DecodeBatch | None = None
+    decode_head: HeadBatch | None = None
+    cohorts: tuple[CohortBatch, ...] = ()
+    dropped_cohorts: tuple[int, ...] = ()
+    host_prefill: HostPrefillBatch | None = None
+    moves: tuple[Move, ...] = ()

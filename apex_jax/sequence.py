@@ -1,0 +1,94 @@
+"""A request on its way: its tokens, where its KV lives, how far it has come.
+
+Owns the derived facts of one sequence; the scheduler changes it. Imports no jax.
+"""
+
+from dataclasses import dataclass, field
+
+from apex_jax.lanes import Lane
+from apex_jax.request import FinishReason, Request, RequestOutput
+
+
+@dataclass
+class Sequence:
+    """A request on its way.
+
+    index: order of arrival, which is also its priority. token_ids: the prompt and the output read
+    so far. num_unread: tokens sampled by launched sweeps and not read yet. num_computed: tokens
+    whose KV the planned sweeps (or the cohort's token under way) have written. lane: where its
+    pages are, None while waiting. slot: row of the device's `tokens_by_slot`, None while waiting.
+    is_decoding: its last token lies in that slot. is_moving: its KV is between the lanes.
+    cohort_id: of the cohort in which its next token is under way. last_sweep_id: the last planned
+    sweep that touches its pages on the device.
+    """
+
+    index: int
+    request: Request
+    stop_token_ids: frozenset[int]
+    arrival_sec: float
+    token_ids: list[int]
+    pages: list[int] = field(default_factory=list)
+    lane: Lane | None = None
+    slot: int | None = None
+    is_decoding: bool = False
+    is_moving: bool = False
+    cohort_id: int | None = None
+    num_computed: int = 0
+    num_unread: int = 0
+    last_sweep_id: int | None = None
+    num_preemptions: int = 0
+    num_host_tokens: int = 0
+    first_token_sec: float | None = None
+    last_token_sec: float | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_unread
+
+    @property
+    def max_num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
+
+    @property
+    def is_fully_planned(self) -> bool:
+        """Whether the planned sweeps sample all its tokens, unless a stop token ends it before."""
+        return self.num_tokens >= self.max_num_tokens
+
+    @property
+    def num_unfilled(self) -> int:
+        """Tokens left to prefill."""
+        return 0 if self.is_decoding else len(self.token_ids) - self.num_computed
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it stands between two tokens and wants another."""
+        is_busy = self.is_moving or self.cohort_id is not None or self.finish_reason is not None
+        return self.is_decoding and not is_busy and not self.is_fully_planned
+
+    def append(self, token: int, now_sec: float) -> None:
+        """Take a token that was read, and see whether it is the last."""
+        self.token_ids.append(token)
+        if self.first_token_sec is None:
+            self.first_token_sec = now_sec
+        self.last_token_sec = now_sec
+        if token in self.stop_token_ids:
+            self.finish_reason = FinishReason.STOP
+        elif len(self.token_ids) == self.max_num_tokens:
+            self.finish_reason = FinishReason.LENGTH
+
+    def output(self) -> RequestOutput:
+        """Return the finished request."""
+        assert self.finish_reason is not None
+        assert self.first_token_sec is not None
+        assert self.last_token_sec is not None
+        return RequestOutput(
+            request=self.request,
+            token_ids=tuple(self.token_ids[len(self.request.prompt_token_ids) :]),
+            finish_reason=self.finish_reason,
+            arrival_sec=self.arrival_sec,
+            first_token_sec=self.first_token_sec,
+            finish_sec=self.last_token_sec,
+            num_preemptions=self.num_preemptions,
+            num_host_tokens=self.num_host_tokens,
+        )
