@@ -8,7 +8,7 @@ scheduler, the rest by the dispatch loop. Imports no jax.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from apex_jax.config import SchedulerConfig
 from apex_jax.cost_model import StageTimes
@@ -55,6 +55,7 @@ class DeviceLoad:
     num_prompt_tokens: int
 
 
+@runtime_checkable
 class Policy(Protocol):
     """One strategy.
 
