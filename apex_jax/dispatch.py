@@ -83,7 +83,8 @@ class DispatchStats:
 
 class _Place(Enum):
     """Where rows stand: before a layer, inside it (with queries), or behind the attention of the
-    one before."""
+    one before.
+    """
 
     BEFORE = auto()
     INSIDE = auto()
@@ -180,8 +181,10 @@ class Dispatch:
             self._decode(plan.decode, plan.decode_head, sweep)
         elif self._cohorts:
             self._advance_alone(sweep)
-        elif self._last is None and self._transit:
-            self._wait([handle for _, handle in self._transit])
+        elif self._last is None:
+            self._forget_arrived()
+            if self._transit:
+                self._wait([handle for _, handle in self._transit])
         return SweepHandle(
             plan.sweep_id,
             self._last,
@@ -432,11 +435,14 @@ class Dispatch:
         self._transit.append((len(host_pages_i), written))
 
     def _has_transit_room(self, num_pages: int) -> bool:
-        """Whether so many pages of a layer may set out; what has arrived is forgotten."""
-        while self._transit and self._is_ready(self._transit[0][1]):
-            self._transit.popleft()
+        """Whether so many pages of a layer may set out."""
+        self._forget_arrived()
         num_under_way = sum(count for count, _ in self._transit)
         return not self._transit or num_under_way + num_pages <= self._max_transit_pages
+
+    def _forget_arrived(self) -> None:
+        while self._transit and self._is_ready(self._transit[0][1]):
+            self._transit.popleft()
 
     def _carry_moves(self, sweep: _Sweep) -> None:
         """Take moves as far as they can go without waiting."""

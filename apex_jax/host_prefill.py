@@ -1,8 +1,8 @@
 """Prompts on their way to the host: how they are grouped and cut, and how far a group has come.
 
 A group goes through the device layer by layer, all its chunks in one layer before the next, so that
-only one layer's KV is on the device at a time. Owns that progress; called by the scheduler. Imports no
-jax.
+only one layer's KV is on the device at a time. Owns that progress. Called by the scheduler. Imports
+no jax.
 """
 
 from collections.abc import Sequence as AbstractSequence

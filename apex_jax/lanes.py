@@ -1,7 +1,7 @@
 """A lane's room: its pages, its rows, and the sequences whose KV lives there.
 
-Owns admission's arithmetic and the ledger of one pool; who goes where is the scheduler's. Imports no
-jax.
+Owns admission's arithmetic and the ledger of one pool; who goes where is the scheduler's business.
+Imports no jax.
 """
 
 import bisect

@@ -32,8 +32,8 @@ class Action(Enum):
 class CohortView:
     """A cohort as a policy sees it.
 
-    point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given in this
-    sweep. can_merge: the device is at this very point and nobody has taken it. is_ready: its
+    point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given in
+    this sweep. can_merge: the device is at this very point and nobody has taken it. is_ready: its
     attention is done. queue_depth: stages the device has left to end.
     """
 
@@ -60,8 +60,8 @@ class Policy(Protocol):
     """One strategy.
 
     max_cohorts: with tokens under way at once; 0 for no host lane. uses_device_lane: whether any
-    KV lives on the device. passes: points a cohort may pass per sweep (m in DESIGN's words, None for
-    all); with 1 the loop runs ahead from one cohort's place to the next.
+    KV lives on the device. passes: points a cohort may pass per sweep, None for all; with 1 the
+    loop runs ahead from one cohort's place to the next.
     """
 
     @property
@@ -220,7 +220,7 @@ class AsymmetricPipelining:
     def _slack_sec(
         self, members: Mapping[int, Sequence[int]], lengths: Sequence[int], load: DeviceLoad
     ) -> dict[int, float]:
-        """Return, for each cohort, the device time that hides its attention, less that attention."""
+        """Return, for each cohort, the device time that hides its attention less that attention."""
         times = self.times
         num_device = load.num_rows + load.num_prompt_tokens
         host_sec = {

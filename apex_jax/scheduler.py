@@ -121,7 +121,7 @@ class Scheduler:
             )
 
         if host is not None and host.num_staging_pages * self.page_size < max_model_len:
-            raise ValueError(f"{host.num_staging_pages} staging pages do not hold {max_model_len} tokens")
+            raise ValueError(f"{host} does not stage a prompt of {max_model_len} tokens")
         self._device = make_room(Lane.DEVICE, num_pages, max_requests)
         self._host = make_room(Lane.HOST, host.num_pages, host.max_requests) if host else None
         self._limits = host
@@ -240,7 +240,7 @@ class Scheduler:
             self._end_move(self._moving.pop(move_id))
 
     def commit(self, tokens_b: Int32[np.ndarray, "b"], now_sec: float) -> list[RequestOutput]:
-        """Take the tokens of the oldest planned sweep, in order of its heads; return who finished."""
+        """Take the tokens of the oldest planned sweep, in its heads' order; return who finished."""
         flight = self._flights.popleft()
         outputs: list[RequestOutput] = []
         for (sequence, lane), token in zip(flight.sampled, tokens_b.tolist(), strict=True):
@@ -318,8 +318,9 @@ class Scheduler:
 
     def _can_demote(self, sequence: Sequence) -> bool:
         host = self._host
-        is_movable = host is not None and sequence.is_ready
-        return is_movable and host.has_row() and host.has_pages(sequence)
+        if host is None or not sequence.is_ready:
+            return False
+        return host.has_row() and host.has_pages(sequence)
 
     def _choose_prefilling(self) -> tuple[list[Sequence], int]:
         """Return the sequences whose prompt goes on in this sweep, and the chunk length."""
