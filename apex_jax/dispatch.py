@@ -180,7 +180,8 @@ class Dispatch:
             assert plan.decode_head is not None
             self._decode(plan.decode, plan.decode_head, sweep)
         elif self._cohorts:
-            self._advance_alone(sweep)
+            is_prefilling = plan.prefill is not None or plan.host_prefill is not None
+            self._advance_alone(sweep, [self._last] if is_prefilling and self._last else [])
         elif self._last is None:
             self._forget_arrived()
             if self._transit:
@@ -312,7 +313,7 @@ class Dispatch:
                 merging.append(cohort)
             elif action is Action.EXTRA_PASS:
                 self._pass_alone(cohort, sweep)
-            elif can_merge:
+            elif can_merge and not self._is_ready(cohort.handle):
                 self.stats.num_late += 1
         return merging
 
@@ -384,12 +385,11 @@ class Dispatch:
         ids = [cohort.batch.cohort_id for cohort in cohorts]
         sweep.sampled += zip(ids, heads[len(heads) - len(ids) :], strict=True)
 
-    def _advance_alone(self, sweep: _Sweep) -> None:
+    def _advance_alone(self, sweep: _Sweep, prefilled: Sequence[Handle]) -> None:
         """Without device rows: pass whichever cohort is ready until one of them has sampled.
 
-        Ends sooner where the device has finished this sweep's prefill and wants the next.
+        Ends sooner where the device has `prefilled` what this sweep had to, and wants the next.
         """
-        prefilled = [] if self._last is None else [self._last]
         while not sweep.sampled:
             self._enter()
             under_way = [one for one in self._cohorts.values() if one.handle is not None]

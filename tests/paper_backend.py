@@ -112,7 +112,8 @@ class PaperBackend:
     """One device and one host, each with pages and a queue of tasks that run in order.
 
     stages, jobs: all that was enqueued and submitted. device_hangs, host_hangs: that side runs
-    nothing any more. fail_with: the error that a stage or job ends with, or None.
+    nothing any more. fail_with: the error that a stage or job ends with, or None; a failed job
+    takes those after it along, since they may read what it did not write.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class PaperBackend:
         self._likelihoods = [
             (side, self._random.choice(LIKELIHOODS)) for side in (self._device, self._host)
         ]
+        self._host_error: Exception | None = None
         self._now_sec = 0.0
 
     # The four verbs
@@ -211,7 +213,11 @@ class PaperBackend:
             return False
         task = queue.popleft()
         errors = [one.error for one in task.operands if one.error is not None]
+        if queue is self._host and self._host_error is not None:
+            errors.append(self._host_error)
         error = errors[0] if errors else self.fail_with(task.work)
+        if queue is self._host:
+            self._host_error = error
         values = [None] * len(task.handles)
         if error is None:
             values = self._run(task.work, [one.value for one in task.operands])
