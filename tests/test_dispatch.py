@@ -52,7 +52,7 @@ class Scripted:
     decide: object
     max_cohorts: int = 1
     uses_device_lane: bool = True
-    every_boundary: bool = True
+    passes: int | None = None
     entry_spacing: int = 0
     views: list = field(default_factory=list)
 
@@ -313,13 +313,7 @@ def test_all_cohorts_that_stand_at_the_head_share_it():
 
 
 def test_cohorts_keep_the_distance_that_the_policy_asks_for():
-    policy = Scripted(
-        lambda boundary, cohort: (
-            merge_when_ready(boundary, cohort) if cohort.num_passes < 1 else Action.SKIP
-        ),
-        max_cohorts=2,
-        entry_spacing=3,
-    )
+    policy = Scripted(merge_when_ready, max_cohorts=2, entry_spacing=3, passes=1)
     play = Play(policy, host_rows=2)
     entered = []
     for sweep in range(5):
