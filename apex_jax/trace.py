@@ -49,8 +49,8 @@ class TraceFile:
     """An open trace; thread-safe.
 
     origin_sec: the time that the file calls 0. max_events: later ones are dropped and counted.
-    error: why writing has ended early. Raises OSError where the file cannot be opened; what an
-    existing one holds is kept until there is an event.
+    error: why writing has ended early. Raises OSError where the file cannot be opened. Until there
+    is an event, an existing file keeps what it holds; a new one without any is taken away again.
     """
 
     def __init__(self, path: Path, origin_sec: float = 0.0, max_events: int = MAX_EVENTS):
@@ -102,6 +102,8 @@ class TraceFile:
             if not self._is_empty and self.error is None:
                 self._file.write(b"\n]\n")
             self._file.close()
+            if self.path.is_file() and self.path.stat().st_size == 0:
+                self.path.unlink()
 
     def describe(self) -> str:
         """Return what became of it, in a line."""
