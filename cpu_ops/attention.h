@@ -65,6 +65,7 @@ class HostAttention {
 
   const Isa& isa() const { return *isa_; }
   int num_threads() const { return threads_.num_threads(); }
+  ThreadPool& threads() { return threads_; }
 
   // Writes the last token of every row, at index lengths[b] - 1.
   void Append(const Pool& pool, const HeadRows& k, const HeadRows& v, const Tables& tables);

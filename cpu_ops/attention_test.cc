@@ -272,6 +272,57 @@ void TestThreadPool() {
   }
 }
 
+void TestRecording() {
+  constexpr int kThreads = 3, kRegions = 200, kCapacity = 64;
+  ThreadPool threads(kThreads, {});
+  int64_t num_dropped = 0;
+  std::vector<ThreadSpan> spans(kCapacity + 1);
+  const auto take = [&] { return threads.TakeSpans(spans.data(), kCapacity + 1, &num_dropped); };
+  const auto run = [&](int64_t num_tasks) { threads.Run(num_tasks, [](int64_t) {}); };
+
+  run(5);
+  Expect(take() == 0 && num_dropped == 0, "nothing is recorded unless asked for");
+  threads.Record(kCapacity);
+  run(0);
+  Expect(take() == 0, "a region without tasks has no span");
+  for (int64_t num_tasks : {1, 2, 50}) {
+    run(num_tasks);
+    const int64_t num_spans = take();
+    int64_t tasks = 0;
+    int32_t last_thread = -1;
+    for (int64_t i = 0; i < num_spans; ++i) {
+      Expect(spans[i].thread > last_thread && spans[i].thread < kThreads, "a span for each thread");
+      Expect(spans[i].num_tasks > 0 && spans[i].start_ns <= spans[i].end_ns, "a span of tasks");
+      last_thread = spans[i].thread;
+      tasks += spans[i].num_tasks;
+    }
+    Expect(tasks == num_tasks && num_dropped == 0, "spans hold every task");
+  }
+  for (int i = 0; i < kCapacity + 6; ++i) run(1);
+  Expect(threads.TakeSpans(spans.data(), 10, &num_dropped) == 10 && num_dropped == 6,
+         "spans beyond the capacity are dropped and counted");
+  Expect(take() == kCapacity - 10 && num_dropped == 0, "the rest is kept, in order");
+  for (int64_t i = 1; i < kCapacity - 10; ++i) {
+    Expect(spans[i - 1].end_ns <= spans[i].start_ns, "regions come one after the other");
+  }
+
+  // Taking, and switching on and off, while two callers run regions.
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 2; ++caller) {
+    callers.emplace_back([&run] {
+      for (int i = 0; i < kRegions; ++i) run(4);
+    });
+  }
+  for (int i = 0; i < kRegions; ++i) {
+    if (i % 50 == 0) threads.Record(i % 100 == 0 ? kCapacity : 0);
+    take();
+  }
+  for (std::thread& caller : callers) caller.join();
+  threads.Record(0);
+  run(4);
+  Expect(take() == 0, "nothing is recorded once it is switched off");
+}
+
 }  // namespace
 }  // namespace apex
 
@@ -279,6 +330,7 @@ int main() {
   apex::TestConversions();
   apex::TestRefusals();
   apex::TestThreadPool();
+  apex::TestRecording();
   apex::TestPagesRoundTrip();
   apex::TestPaddingRows();
   apex::TestAgainstReference();

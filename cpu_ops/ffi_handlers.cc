@@ -318,6 +318,20 @@ APEX_EXPORT uint64_t apex_read(const void* data, int64_t num_bytes) {
   return op == nullptr ? 0 : op->ReadAll(data, num_bytes);
 }
 
+// Switches the recording of the op's threads on and off; see ThreadPool::Record. A new
+// configuration does not record.
+APEX_EXPORT void apex_record(int64_t capacity) {
+  const auto op = apex::Op();
+  if (op != nullptr) op->threads().Record(capacity);
+}
+
+// See ThreadPool::TakeSpans.
+APEX_EXPORT int64_t apex_take_spans(apex::ThreadSpan* spans, int64_t max_spans,
+                                    int64_t* num_dropped) {
+  const auto op = apex::Op();
+  return op == nullptr ? 0 : op->threads().TakeSpans(spans, max_spans, num_dropped);
+}
+
 APEX_EXPORT const char* apex_supported_isas() {
   static const std::string names = apex::SupportedIsas();
   return names.c_str();
