@@ -1,34 +1,12 @@
-"""Twins of what stands beside the xla backend: a host lane in numpy, completions that poll."""
+"""A plain twin of the host lane: numpy on a thread of its own."""
 
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from apex_jax.buckets import smallest_that_holds
 from apex_jax.hardware import HostAttention, ReadPages, WritePages
-
-
-class PollingCompletions:
-    def __init__(self):
-        self.handles = []  # of all stages
-
-    def enqueued(self, handle, stage, start_sec):
-        self.handles.append(handle)
-
-    def submitted(self, handle):
-        assert isinstance(handle.marker, Future)
-
-    def wait_any(self, handles, deadline_sec):
-        while True:
-            for handle in handles:
-                marker = handle.marker
-                if marker.done() if isinstance(marker, Future) else marker.is_ready():
-                    return handle
-            if time.perf_counter() > deadline_sec:
-                return None
-            time.sleep(1e-4)
 
 
 class NumpyHostLane:

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import pytest
 import reference
-from host_twin import NumpyHostLane, PollingCompletions
+from host_twin import NumpyHostLane
 
 from apex_jax import buckets, kv_cache, packing
+from apex_jax.backends.completions import Completions
 from apex_jax.backends.handles import AttendedHandle, DeviceAttendedHandle, HiddenHandle
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import HostLimits
@@ -93,6 +94,18 @@ def ints(values):
     return np.array(values, np.int32)
 
 
+class RecordingCompletions(Completions):
+    """Keeps the handles of all stages."""
+
+    def __init__(self):
+        super().__init__(lambda *span, **args: None)
+        self.handles = []
+
+    def enqueued(self, handle, stage, start_sec=None):
+        self.handles.append(handle)
+        super().enqueued(handle, stage, start_sec)
+
+
 @pytest.fixture(scope="module")
 def programs():
     compiled = Programs(
@@ -117,17 +130,19 @@ def tensors():
 @pytest.fixture(scope="module")
 def backend(programs, tensors):
     lane = NumpyHostLane(MODEL, NUM_USED_PAGES, SHAPES, CPU)
+    completions = RecordingCompletions()
     yield XlaBackend(
         programs,
         tensors,
         kv_cache.allocate(MODEL, NUM_PAGES, PAGE_SIZE, F32, CPU),
         NUM_SLOTS,
         CPU,
-        completions=PollingCompletions(),
+        completions=completions,
         host_lane=lane,
         staging=kv_cache.allocate_layer(MODEL, NUM_STAGING_PAGES, PAGE_SIZE, F32, CPU),
     )
     lane.close()
+    completions.close()
 
 
 class Text:
