@@ -12,6 +12,7 @@ samples. Between two points lies the host's attention of one layer. Imports no j
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import numpy as np
 from jaxtyping import Int32
@@ -80,6 +81,16 @@ class DispatchStats:
     num_moves: Counter[Direction] = field(default_factory=Counter)
 
 
+class _Place(Enum):
+    """Where rows stand: before a layer, inside it (with queries), or behind the attention of the
+    one before.
+    """
+
+    BEFORE = auto()
+    INSIDE = auto()
+    BEHIND = auto()
+
+
 @dataclass
 class _Cohort:
     """A cohort's token on its way. handle: attended rows of layer point - 1; None at point 0."""
@@ -87,7 +98,8 @@ class _Cohort:
     batch: CohortBatch
     point: int = 0
     handle: Handle | None = None
-    num_passes: int = 0  # points passed in this sweep
+    num_passes: int = 0  # in this sweep, entering layer 0 included
+    num_extra_passes: int = 0  # of these
 
 
 @dataclass
@@ -156,14 +168,12 @@ class Dispatch:
             assert batch.cohort_id not in self._cohorts, f"cohort {batch.cohort_id} is under way"
             self._cohorts[batch.cohort_id] = _Cohort(batch)
         for cohort in self._cohorts.values():
-            cohort.num_passes = 0
+            cohort.num_passes = cohort.num_extra_passes = 0
         self._moves += [_Moving(move) for move in plan.moves]
         self._carry_moves(sweep)
         self._enter()
         if plan.prefill is not None:
-            x = self._through_programs(plan.prefill)
-            if plan.prefill_head is not None:
-                sweep.heads += self._enqueue(Head((plan.prefill_head,)), x)
+            self._prefill(plan.prefill, plan.prefill_head, sweep)
         if plan.host_prefill is not None:
             self._prefill_for_host(plan.host_prefill, sweep)
         if plan.decode is not None:
@@ -218,68 +228,83 @@ class Dispatch:
 
     # Device rows
 
-    def _through_programs(self, batch: DecodeBatch | PrefillBatch) -> Handle:
+    def _prefill(self, batch: PrefillBatch, head: HeadBatch | None, sweep: _Sweep) -> None:
         (x,) = self._enqueue(Embed(batch))
         for first_layer in range(0, self._num_layers, self._span):
             (x,) = self._enqueue(Layers(batch, first_layer), x)
-        return x
+        if head is not None:
+            sweep.heads += self._enqueue(Head((head,)), x)
 
     def _decode(self, batch: DecodeBatch, head: HeadBatch, sweep: _Sweep) -> None:
         """Carry the device rows through all layers; cohorts join or pass at decision points."""
-        if not self._is_anyone_under_way:
-            sweep.heads += self._enqueue(Head((head,)), self._through_programs(batch))
-            return
         (x,) = self._enqueue(Embed(batch))
-        layer, is_inside = 0, False  # inside: behind PreAttention or Boundary of `layer`
-        while True:
-            stop = self._next_decision(layer)
-            while not is_inside and layer + self._span < stop:
-                (x,) = self._enqueue(Layers(batch, layer), x)
-                layer += self._span
-            if not is_inside:
-                (x,) = self._enqueue(PreAttention(layer), x)
-            (x,) = self._enqueue(DeviceAttention(batch, layer), x)
-            while layer + 1 < stop:
-                layer += 1
-                (x,) = self._enqueue(Boundary(layer), x)
-                (x,) = self._enqueue(DeviceAttention(batch, layer), x)
+        layer, place, merging = 0, _Place.BEFORE, list[_Cohort]()
+        while (stop := self._next_decision(layer)) is not None:
+            x = self._carry(batch, x, layer, place, stop)
+            layer, place = stop, _Place.BEHIND
             merging = self._decide(stop, sweep)
-            if stop == self._num_layers:
-                break
-            layer, is_inside = stop, True
-            if merging:
+            if merging and stop < self._num_layers:
                 [cohort] = merging
                 assert cohort.handle is not None
                 x, entered = self._enqueue(Boundary(layer), x, cohort.handle)
+                place, merging = _Place.INSIDE, []
                 self.stats.num_merges += 1
                 self._attend_on_host(cohort, entered)
-            elif layer + self._span < self._next_decision(layer):
-                (x,) = self._enqueue(PostAttention(layer - 1), x)
-                is_inside = False
-            else:
-                (x,) = self._enqueue(Boundary(layer), x)
-        (x,) = self._enqueue(PostAttention(self._num_layers - 1), x)
+        x = self._carry(batch, x, layer, place, None)
         self._sample(sweep, merging, (head, x))
 
-    def _next_decision(self, layer: int) -> int:
+    def _carry(
+        self, batch: DecodeBatch, x: Handle, layer: int, place: _Place, stop: int | None
+    ) -> Handle:
+        """Bring device rows behind the attention of layer stop - 1, or (None) through all layers.
+
+        By whole programs of layers as far as they reach.
+        """
+        end = self._num_layers if stop is None else stop
+        # A program of layers ends outside a layer, and a stop lies inside one.
+        reach = self._span + (stop is not None)
+        while True:
+            left = end - layer
+            if place is _Place.INSIDE:
+                (x,) = self._enqueue(DeviceAttention(batch, layer), x)
+                layer, place = layer + 1, _Place.BEHIND
+            elif place is _Place.BEHIND:
+                if left == 0 and stop is not None:
+                    return x
+                if left == 0 or left >= reach:
+                    (x,) = self._enqueue(PostAttention(layer - 1), x)
+                    place = _Place.BEFORE
+                else:
+                    (x,) = self._enqueue(Boundary(layer), x)
+                    place = _Place.INSIDE
+            elif left == 0:
+                return x
+            elif left >= reach:
+                (x,) = self._enqueue(Layers(batch, layer), x)
+                layer += self._span
+            else:
+                (x,) = self._enqueue(PreAttention(layer), x)
+                place = _Place.INSIDE
+
+    def _next_decision(self, layer: int) -> int | None:
         """Return the next boundary behind `layer` at which a cohort may do something."""
-        points = [one.point for one in self._cohorts.values() if one.handle is not None]
-        if points and self._policy.every_boundary:
+        points = [one.point for one in self._cohorts.values() if self._may_pass(one)]
+        if points and self._policy.passes != 1 and layer < self._num_layers:
             return layer + 1
-        return min((point for point in points if point > layer), default=self._num_layers)
+        return min((point for point in points if point > layer), default=None)
+
+    def _may_pass(self, cohort: _Cohort) -> bool:
+        passes = self._policy.passes
+        return cohort.handle is not None and (passes is None or cohort.num_passes < passes)
 
     # Cohorts
-
-    @property
-    def _is_anyone_under_way(self) -> bool:
-        return any(one.handle is not None for one in self._cohorts.values())
 
     def _decide(self, boundary: int, sweep: _Sweep) -> list[_Cohort]:
         """Ask the policy about each cohort; give extra passes, return who merges."""
         self._carry_moves(sweep)
         merging: list[_Cohort] = []
         for cohort in list(self._cohorts.values()):
-            if cohort.handle is None:
+            if not self._may_pass(cohort):
                 continue
             # A boundary is shared by two groups at most, a head by any number.
             can_merge = cohort.point == boundary and (not merging or boundary == self._num_layers)
@@ -300,7 +325,7 @@ class Dispatch:
                 cohort_id=cohort.batch.cohort_id,
                 point=cohort.point,
                 num_layers=self._num_layers,
-                num_passes=cohort.num_passes,
+                num_extra_passes=cohort.num_extra_passes,
                 can_merge=can_merge,
                 is_ready=self._is_ready(cohort.handle),
                 queue_depth=self._queue_depth(),
@@ -328,6 +353,7 @@ class Dispatch:
             self._sample(sweep, [cohort], None)
             return
         (entered,) = self._enqueue(Boundary(cohort.point), cohort.handle)
+        cohort.num_extra_passes += 1
         self.stats.num_extra_passes += 1
         self._attend_on_host(cohort, entered)
 

@@ -32,7 +32,7 @@ class Action(Enum):
 class CohortView:
     """A cohort as a policy sees it.
 
-    point: what it is to pass next (dispatch.py says what points are). num_passes: points passed in
+    point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given in
     this sweep. can_merge: the device is at this very point and nobody has taken it. is_ready: its
     attention is done. queue_depth: stages the device has left to end.
     """
@@ -40,7 +40,7 @@ class CohortView:
     cohort_id: int
     point: int
     num_layers: int
-    num_passes: int
+    num_extra_passes: int
     can_merge: bool
     is_ready: bool
     queue_depth: int
@@ -60,8 +60,8 @@ class Policy(Protocol):
     """One strategy.
 
     max_cohorts: with tokens under way at once; 0 for no host lane. uses_device_lane: whether any
-    KV lives on the device. every_boundary: whether a cohort may move where the device's rows are
-    elsewhere; if not, the loop runs ahead from one cohort's place to the next.
+    KV lives on the device. passes: points a cohort may pass per sweep, None for all; with 1 the
+    loop runs ahead from one cohort's place to the next.
     """
 
     @property
@@ -69,7 +69,7 @@ class Policy(Protocol):
     @property
     def uses_device_lane(self) -> bool: ...
     @property
-    def every_boundary(self) -> bool: ...
+    def passes(self) -> int | None: ...
 
     def form(
         self,
@@ -101,7 +101,7 @@ class DeviceOnly:
 
     max_cohorts: int = 0
     uses_device_lane: bool = True
-    every_boundary: bool = False
+    passes: int | None = 0
 
     def form(
         self,
@@ -124,19 +124,14 @@ class DeviceOnly:
 class Merging:
     """Asynchronous overlap: cohorts advance in the device's own boundaries; it never waits for one.
 
-    One cohort is APEX as published. passes: layers that a cohort may advance per sweep; those
-    beyond the merge are extra passes. is_spread: whether cohorts keep apart, so that they take
-    their turns on the host evenly.
+    One cohort is APEX as published. passes: all beyond the one that merges are extra passes.
+    is_spread: whether cohorts keep apart, so that they take their turns on the host evenly.
     """
 
     max_cohorts: int = 1
-    passes: int = 1
+    passes: int | None = 1
     is_spread: bool = False
     uses_device_lane: bool = True
-
-    @property
-    def every_boundary(self) -> bool:
-        return self.passes > 1
 
     def form(
         self,
@@ -154,11 +149,11 @@ class Merging:
         return all(point >= spacing for point in points)
 
     def at_boundary(self, boundary: int, cohort: CohortView) -> Action:
-        if cohort.num_passes >= self.passes:
-            return Action.SKIP
-        waits_for_head = cohort.point == cohort.num_layers and not cohort.can_merge
-        if waits_for_head or not (cohort.can_merge or self.every_boundary):
-            return Action.SKIP
+        if not cohort.can_merge:
+            waits_for_head = cohort.point == cohort.num_layers
+            is_spent = self.passes is not None and cohort.num_extra_passes >= self.passes - 1
+            if waits_for_head or is_spent:
+                return Action.SKIP
         if not cohort.is_ready:
             return Action.WAIT if cohort.queue_depth > 1 else Action.SKIP
         return Action.MERGE if cohort.can_merge else Action.EXTRA_PASS
@@ -181,7 +176,7 @@ class AsymmetricPipelining:
     times: StageTimes
     max_cohorts: int = 2
     uses_device_lane: bool = True
-    every_boundary: bool = True
+    passes: int | None = None
 
     def form(
         self,
@@ -225,7 +220,7 @@ class AsymmetricPipelining:
     def _slack_sec(
         self, members: Mapping[int, Sequence[int]], lengths: Sequence[int], load: DeviceLoad
     ) -> dict[int, float]:
-        """Return, for each cohort, the device time that hides its attention, less that attention."""
+        """Return, for each cohort, the device time that hides its attention less that attention."""
         times = self.times
         num_device = load.num_rows + load.num_prompt_tokens
         host_sec = {
