@@ -59,7 +59,7 @@ class RequestOutput:
     """A finished request.
 
     Times are seconds on the engine's clock; `token_ids` includes a stop token where one ended it.
-    num_host_tokens: those whose attention the host did.
+    num_host_tokens: how many of them were decoded in the host lane.
     """
 
     request: Request
@@ -69,7 +69,7 @@ class RequestOutput:
     first_token_sec: float
     finish_sec: float
     num_preemptions: int
-    num_host_tokens: int = 0
+    num_host_tokens: int
 
     @property
     def ttft_sec(self) -> float:

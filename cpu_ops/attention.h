@@ -49,6 +49,8 @@ struct AttendOutput {
 };
 
 std::string CheckPool(const PoolShape& shape);
+// Of how many rows or pages of padded arrays count.
+std::string CheckCount(const std::string& name, int64_t count, int64_t most);
 std::string CheckTables(const PoolShape& shape, const Tables& tables);
 // Also that no two rows would write to one slot.
 std::string CheckAppend(const PoolShape& shape, const Tables& tables);
@@ -63,6 +65,7 @@ class HostAttention {
 
   const Isa& isa() const { return *isa_; }
   int num_threads() const { return threads_.num_threads(); }
+  ThreadPool& threads() { return threads_; }
 
   // Writes the last token of every row, at index lengths[b] - 1.
   void Append(const Pool& pool, const HeadRows& k, const HeadRows& v, const Tables& tables);

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -169,6 +170,27 @@ void TestAgainstReference() {
   }
 }
 
+// Rows of a padded batch: only those that count are checked, read and written.
+void TestPaddingRows() {
+  HostAttention op(2, {}, FindIsa(""));
+  for (int repeat = 0; repeat < 9; ++repeat) {
+    Case c(static_cast<DType>(repeat % 3), 3, 700);
+    c.Fill(op);
+    const Result whole = Attend(op, c);
+    const int64_t num_rows = c.tables.num_rows = 1 + repeat % 2;
+    std::fill(c.lengths.begin() + num_rows, c.lengths.end(), -7);
+    std::fill(c.block_tables.begin() + num_rows * c.tables.max_pages, c.block_tables.end(),
+              1 << 30);
+    Expect(CheckAppend(c.pool.shape, c.tables).empty(), "padding rows are not checked");
+    const Result part = Attend(op, c);
+    const auto used = part.out.begin() + num_rows * (c.q.size() / c.lengths.size());
+    Expect(std::equal(part.out.begin(), used, whole.out.begin()) &&
+               std::equal(part.lse.begin(), part.lse.end(), whole.lse.begin()),
+           "the rows that count: " + c.Text());
+    Expect(std::count(used, part.out.end(), 0) == part.out.end() - used, "the others: " + c.Text());
+  }
+}
+
 void TestPagesRoundTrip() {
   HostAttention op(2, {}, FindIsa(""));
   for (int repeat = 0; repeat < 9; ++repeat) {
@@ -225,6 +247,9 @@ void TestRefusals() {
   Expect(CheckAppend(shape, {same, lengths, 2, 1}).find("block_tables: two rows") == 0, "one slot");
   Expect(CheckPageIds(shape, same, 2, true).find("page_ids: page 3") == 0, "a page named twice");
   Expect(CheckPageIds(shape, same, 2, false).empty(), "a page read twice");
+  Expect(CheckCount("rows", 1, 2).empty() && CheckCount("rows", 2, 2).empty(), "a count");
+  Expect(CheckCount("rows", 0, 2).find("rows = 0: must be from 1 to 2") == 0, "no rows");
+  Expect(CheckCount("rows", 3, 2).find("rows = 3") == 0, "more rows than there are");
   Expect(FindIsa("sse9") == nullptr, "unknown instruction set");
 }
 
@@ -247,6 +272,57 @@ void TestThreadPool() {
   }
 }
 
+void TestRecording() {
+  constexpr int kThreads = 3, kRegions = 200, kCapacity = 64;
+  ThreadPool threads(kThreads, {});
+  int64_t num_dropped = 0;
+  std::vector<ThreadSpan> spans(kCapacity + 1);
+  const auto take = [&] { return threads.TakeSpans(spans.data(), kCapacity + 1, &num_dropped); };
+  const auto run = [&](int64_t num_tasks) { threads.Run(num_tasks, [](int64_t) {}); };
+
+  run(5);
+  Expect(take() == 0 && num_dropped == 0, "nothing is recorded unless asked for");
+  threads.Record(kCapacity);
+  run(0);
+  Expect(take() == 0, "a region without tasks has no span");
+  for (int64_t num_tasks : {1, 2, 50}) {
+    run(num_tasks);
+    const int64_t num_spans = take();
+    int64_t tasks = 0;
+    int32_t last_thread = -1;
+    for (int64_t i = 0; i < num_spans; ++i) {
+      Expect(spans[i].thread > last_thread && spans[i].thread < kThreads, "a span for each thread");
+      Expect(spans[i].num_tasks > 0 && spans[i].start_ns <= spans[i].end_ns, "a span of tasks");
+      last_thread = spans[i].thread;
+      tasks += spans[i].num_tasks;
+    }
+    Expect(tasks == num_tasks && num_dropped == 0, "spans hold every task");
+  }
+  for (int i = 0; i < kCapacity + 6; ++i) run(1);
+  Expect(threads.TakeSpans(spans.data(), 10, &num_dropped) == 10 && num_dropped == 6,
+         "spans beyond the capacity are dropped and counted");
+  Expect(take() == kCapacity - 10 && num_dropped == 0, "the rest is kept, in order");
+  for (int64_t i = 1; i < kCapacity - 10; ++i) {
+    Expect(spans[i - 1].end_ns <= spans[i].start_ns, "regions come one after the other");
+  }
+
+  // Taking, and switching on and off, while two callers run regions.
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 2; ++caller) {
+    callers.emplace_back([&run] {
+      for (int i = 0; i < kRegions; ++i) run(4);
+    });
+  }
+  for (int i = 0; i < kRegions; ++i) {
+    if (i % 50 == 0) threads.Record(i % 100 == 0 ? kCapacity : 0);
+    take();
+  }
+  for (std::thread& caller : callers) caller.join();
+  threads.Record(0);
+  run(4);
+  Expect(take() == 0, "nothing is recorded once it is switched off");
+}
+
 }  // namespace
 }  // namespace apex
 
@@ -254,7 +330,9 @@ int main() {
   apex::TestConversions();
   apex::TestRefusals();
   apex::TestThreadPool();
+  apex::TestRecording();
   apex::TestPagesRoundTrip();
+  apex::TestPaddingRows();
   apex::TestAgainstReference();
   std::printf("%s, %d failures; this CPU runs %s\n", apex::num_failures ? "FAILED" : "passed",
               apex::num_failures, apex::SupportedIsas().c_str());

@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <algorithm>
 #include <cfenv>
 #include <chrono>
 #include <utility>
@@ -51,6 +52,11 @@ class DefaultFloatEnvironment {
   std::fenv_t saved_;
 };
 
+int64_t NowNs() {
+  const auto since_boot = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(since_boot).count();
+}
+
 void RunOn([[maybe_unused]] int cpu) {
 #if defined(__linux__)
   if (cpu < 0 || cpu >= CPU_SETSIZE) return;
@@ -63,10 +69,11 @@ void RunOn([[maybe_unused]] int cpu) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus) {
+ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus) : open_spans_(num_threads) {
+  for (int i = 0; i < num_threads; ++i) open_spans_[i].span.thread = i;
   for (int i = 1; i < num_threads; ++i) {
     const int cpu = i < static_cast<int>(cpus.size()) ? cpus[i] : -1;
-    workers_.emplace_back([this, cpu] { Work(cpu); });
+    workers_.emplace_back([this, i, cpu] { Work(i, cpu); });
   }
 }
 
@@ -93,29 +100,66 @@ void ThreadPool::Run(int64_t num_tasks, const std::function<void(int64_t)>& task
     { std::lock_guard<std::mutex> lock(sleep_); }
     wake_.notify_all();
   }
-  while (RunOneTask()) {
+  while (RunOneTask(0)) {
   }
   const auto done = [&] { return num_done_.load(std::memory_order_acquire) == num_tasks; };
   while (!SpinUntil(done)) std::this_thread::yield();
+  if (max_kept_spans_ > 0) KeepSpans();
+}
+
+void ThreadPool::Record(int64_t capacity) {
+  std::lock_guard<std::mutex> region(region_);
+  max_kept_spans_ = capacity;
+  kept_spans_ = std::vector<ThreadSpan>();
+  kept_spans_.reserve(capacity);
+  num_dropped_ = 0;
+}
+
+int64_t ThreadPool::TakeSpans(ThreadSpan* spans, int64_t max_spans, int64_t* num_dropped) {
+  std::lock_guard<std::mutex> region(region_);
+  const int64_t num_taken = std::min<int64_t>(max_spans, kept_spans_.size());
+  std::copy_n(kept_spans_.begin(), num_taken, spans);
+  kept_spans_.erase(kept_spans_.begin(), kept_spans_.begin() + num_taken);
+  *num_dropped = std::exchange(num_dropped_, 0);
+  return num_taken;
+}
+
+void ThreadPool::KeepSpans() {
+  for (OpenSpan& open : open_spans_) {
+    if (open.span.num_tasks == 0) continue;
+    if (static_cast<int64_t>(kept_spans_.size()) < max_kept_spans_) {
+      kept_spans_.push_back(open.span);
+    } else {
+      ++num_dropped_;
+    }
+    open.span.num_tasks = 0;
+  }
 }
 
 bool ThreadPool::HasWork() const { return (ticket_.load() & kUnclaimed) != 0; }
 
-bool ThreadPool::RunOneTask() {
+bool ThreadPool::RunOneTask(int thread) {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   do {
     if ((ticket & kUnclaimed) == 0) return false;
   } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel));
+  ThreadSpan& span = open_spans_[thread].span;
+  const bool is_recording = max_kept_spans_ > 0;
+  if (is_recording && span.num_tasks == 0) span.start_ns = NowNs();
   (*task_)(num_tasks_ - static_cast<int64_t>(ticket & kUnclaimed));
+  if (is_recording) {
+    span.end_ns = NowNs();
+    ++span.num_tasks;
+  }
   num_done_.fetch_add(1, std::memory_order_acq_rel);
   return true;
 }
 
-void ThreadPool::Work(int cpu) {
+void ThreadPool::Work(int thread, int cpu) {
   RunOn(cpu);
   std::fesetenv(FE_DFL_ENV);
   while (!stop_) {
-    while (RunOneTask()) {
+    while (RunOneTask(thread)) {
     }
     if (SpinUntil([&] { return HasWork() || stop_.load(); })) continue;
     std::unique_lock<std::mutex> lock(sleep_);

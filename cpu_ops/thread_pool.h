@@ -17,6 +17,13 @@
 
 namespace apex {
 
+// What a thread did in one region: from its first task's start to its last one's end, on the
+// steady clock. Thread 0 is the caller.
+struct ThreadSpan {
+  int32_t thread, num_tasks;
+  int64_t start_ns, end_ns;
+};
+
 class ThreadPool {
  public:
   // Starts num_threads - 1 workers. Worker i runs on cpus[i + 1] alone, or anywhere where cpus is
@@ -29,9 +36,23 @@ class ThreadPool {
   // Calls task(i) for every i in [0, num_tasks), each with the default floating-point environment.
   void Run(int64_t num_tasks, const std::function<void(int64_t)>& task);
 
+  // From the next region on keeps the spans of its threads, `capacity` at most until they are
+  // taken, in memory that is allocated here. 0 stops. Forgets what was kept before.
+  void Record(int64_t capacity);
+
+  // Moves up to max_spans kept spans to `spans`, region by region, and returns how many.
+  // num_dropped: spans that found no room since the last call. Waits for a region that runs.
+  int64_t TakeSpans(ThreadSpan* spans, int64_t max_spans, int64_t* num_dropped);
+
  private:
-  void Work(int cpu);
-  bool RunOneTask();
+  // A thread's span of the region that runs, on a cache line of its own.
+  struct alignas(64) OpenSpan {
+    ThreadSpan span{};
+  };
+
+  void Work(int thread, int cpu);
+  bool RunOneTask(int thread);
+  void KeepSpans();
   bool HasWork() const;
 
   std::mutex region_;  // held by the caller whose region runs
@@ -43,6 +64,13 @@ class ThreadPool {
   std::atomic<int64_t> num_done_{0};
   const std::function<void(int64_t)>* task_ = nullptr;
   int64_t num_tasks_ = 0;
+
+  // Like task_ these change between regions only, under region_; a thread touches its own open span
+  // between a claim and its end.
+  int64_t max_kept_spans_ = 0;  // 0: not recording
+  std::vector<OpenSpan> open_spans_;
+  std::vector<ThreadSpan> kept_spans_;
+  int64_t num_dropped_ = 0;
 
   std::atomic<bool> stop_{false};
   std::atomic<int> num_asleep_{0};

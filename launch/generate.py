@@ -27,6 +27,7 @@ from ml_collections import config_flags
 from apex_jax.batch.job import EXIT_REFUSED, EXIT_STOPPED, JobOptions, run_job
 from apex_jax.batch.protocol import BatchEngine, CreateEngine
 from apex_jax.config import Config
+from apex_jax.timeline import Timeline
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="Python file with get_config(); --config.FIELD=VALUE overrides a field."
@@ -36,6 +37,9 @@ _OUTPUT = flags.DEFINE_string(
     "output", None, "Results, one JSON object a line; an existing one is resumed."
 )
 _METRICS = flags.DEFINE_string("metrics", None, "File for the summary as JSON.")
+_TRACE = flags.DEFINE_string(
+    "trace", None, "File for the timeline; https://ui.perfetto.dev shows it."
+)
 _ORDERED = flags.DEFINE_bool("ordered", False, "Write results in input order, not as they finish.")
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "Drop an existing output and start from nothing."
@@ -45,7 +49,9 @@ _RETRY_FAILED = flags.DEFINE_bool(
 )
 
 
-def create_engine(config: Config, on_progress: Callable[[str], None]) -> BatchEngine:
+def create_engine(
+    config: Config, on_progress: Callable[[str], None], timeline: Timeline
+) -> BatchEngine:
     """Load the real engine. Imported late: a misspelt flag should not wait for jax."""
     # JAX takes 75 % of a GPU, and what it does not take no KV cache can use.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
@@ -59,7 +65,7 @@ def create_engine(config: Config, on_progress: Callable[[str], None]) -> BatchEn
     on_progress("starting JAX")
     from apex_jax.engine import Engine
 
-    return Engine.create(config, on_progress)
+    return Engine.create(config, on_progress, timeline)
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -91,13 +97,15 @@ def main(argv: Sequence[str], create: CreateEngine = create_engine) -> int:
     del argv  # parse_flags has read it
     if sys.stderr is None:  # started with 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
-    source, output, metrics = _INPUT.value, _OUTPUT.value, _METRICS.value
+    source, output = _INPUT.value, _OUTPUT.value
+    metrics, trace = _METRICS.value, _TRACE.value
     assert source is not None
     assert output is not None
     options = JobOptions(
         input=Path(source),
         output=Path(output),
         metrics=None if metrics is None else Path(metrics),
+        trace=None if trace is None else Path(trace),
         ordered=_ORDERED.value,
         overwrite=_OVERWRITE.value,
         retry_failed=_RETRY_FAILED.value,

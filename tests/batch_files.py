@@ -71,8 +71,8 @@ class Job:
         self.engine = None
         stream = io.StringIO()
 
-        def create(config, on_progress):
-            self.engine = engine(config)
+        def create(config, on_progress, timeline):
+            self.engine = engine(config, timeline)
             on_progress("loading")
             return self.engine
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from apex_jax.batch.lines import canonical_json
 from apex_jax.config import Config, LlamaConfig
 from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
+from apex_jax.timeline import Timeline
 
 VOCAB_SIZE = 300
 MAX_MODEL_LEN = 200
@@ -47,7 +48,14 @@ def fake_tokens(request: Request) -> tuple[int, ...]:
 class FakeEngine:
     """Counts as well: most_waiting is the longest its queue has been."""
 
-    def __init__(self, config: Config, step_sec: float = 0.0, fingerprint: str = "f00d") -> None:
+    def __init__(
+        self,
+        config: Config,
+        timeline: Timeline,
+        step_sec: float = 0.0,
+        fingerprint: str = "f00d",
+    ) -> None:
+        self.timeline = timeline
         self.model = FakeModel(fingerprint=fingerprint)
         self.config = config
         self.step_sec = step_sec
@@ -59,9 +67,9 @@ class FakeEngine:
         self.submitted: list[str] = []
 
     @classmethod
-    def create(cls, config, on_progress, **kwargs):
+    def create(cls, config, on_progress, timeline, **kwargs):
         on_progress("compiling nothing")
-        return cls(config, **kwargs)
+        return cls(config, timeline, **kwargs)
 
     @property
     def num_waiting(self) -> int:
@@ -84,12 +92,16 @@ class FakeEngine:
         self.most_waiting = max(self.most_waiting, len(self.waiting))
 
     def step(self) -> list[RequestOutput]:
+        start_sec = time.perf_counter()
         time.sleep(self.step_sec)
         self.num_sweeps += 1
         while self.waiting and len(self.running) < self.config.scheduler.max_requests:
             request = self.waiting.pop(0)
             sweeps = hashlib.sha256(request.request_id.encode()).digest()[0] % 7
             self.running[request.request_id] = (request, self.num_sweeps + sweeps, time.monotonic())
+        self.timeline.span(
+            "device", "sweep", start_sec, time.perf_counter(), requests=list(self.running)
+        )
         done = [name for name, (_, due, _) in self.running.items() if due <= self.num_sweeps]
         outputs: list[RequestOutput] = []
         for name in done:
@@ -100,7 +112,7 @@ class FakeEngine:
             reason = FinishReason.STOP if short else FinishReason.LENGTH
             now = time.monotonic()
             outputs.append(
-                RequestOutput(request, tokens, reason, arrival_sec, arrival_sec + 1e-4, now, 0)
+                RequestOutput(request, tokens, reason, arrival_sec, arrival_sec + 1e-4, now, 0, 0)
             )
         return outputs
 

@@ -109,11 +109,14 @@ def test_killed_at_ten_points_each_request_has_one_result(command):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed(command, number):
     write_input(command, 60)
-    process = command.start(FAKE_STEP_SEC="0.01")
+    trace = command.folder / "trace.json"
+    process = command.start(f"--trace={trace}", FAKE_STEP_SEC="0.01")
     command.wait_for_bytes(process, 2000)
     process.send_signal(number)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 128 + number
+    assert f"events in {trace}" in said
+    assert "sweep" in [event["name"] for event in json.loads(trace.read_text())]
     assert "start the same command again to go on" in said
     kept = read_output(command.output)
     assert 0 < len(kept) < 60

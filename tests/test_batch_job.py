@@ -4,11 +4,13 @@ import dataclasses
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import random
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from batch_files import (
@@ -28,6 +30,7 @@ from apex_jax.batch.lines import RawLine, parse_line
 from apex_jax.batch.progress import Progress, format_progress
 from apex_jax.batch.statistics import Statistics, format_bytes, format_duration, summarize
 from apex_jax.config import ConfigError, SamplingDefaults
+from apex_jax.overlap import Figures
 from apex_jax.request import FinishReason, Request, RequestOutput, SamplingParams
 
 BAD_LINES = [
@@ -93,7 +96,7 @@ def test_stop_token_is_in_token_ids_but_not_in_text(job):
     class Stopping(FakeEngine):
         def step(self):
             return [
-                RequestOutput(request, (65, 66, 67), FinishReason.STOP, 0.0, 1.0, 2.0, 0)
+                RequestOutput(request, (65, 66, 67), FinishReason.STOP, 0.0, 1.0, 2.0, 0, 0)
                 for request in [self.waiting.pop()]
             ]
 
@@ -246,6 +249,84 @@ def test_plan_comes_before_work_and_summary_after(job):
     assert metrics["job"]["model"]["fingerprint"] == "f00d"
 
 
+def test_the_summary_of_an_engine_with_a_host_lane(job):
+    figures = Figures(10.0, 9.5, 5.0, 4.0, 7, 0.25)
+
+    class Hybrid(FakeEngine):
+        def step(self):
+            # All tokens of every second request come from the host, a few of the others'.
+            return [
+                dataclasses.replace(output, num_host_tokens=len(output.token_ids) // share)
+                for output, share in zip(super().step(), itertools.cycle((4, 1)), strict=False)
+            ]
+
+        def metrics(self):
+            counts = {"num_merges": 30, "num_extra_passes": 4, "num_late": 2}
+            return {**super().metrics(), "hybrid": {**counts, **figures.to_json()}}
+
+    write_input(job)
+    assert job.run(engine=Hybrid, metrics=job.folder / "metrics.json") == 0
+    metrics = json.loads((job.folder / "metrics.json").read_text())
+    lanes = metrics["output_tokens_by_lane"]
+    num_tokens = metrics["output_tokens"]
+    assert lanes["device"] + lanes["host"] == num_tokens
+    assert lanes["host"] > 0
+    assert metrics["hybrid"]["overlap_percent"] == 80.0
+    summary = job.said[job.said.index("host lane") :].splitlines()
+    assert summary[0] == (
+        f"host lane  {lanes['host']} of {num_tokens} output tokens "
+        f"({100 * lanes['host'] / num_tokens:.1f} %); 30 merges, 4 extra passes, 2 late cohorts"
+    )
+    assert summary[1].startswith("  device   TPOT p50 ")
+    assert summary[2].startswith("  host     TPOT p50 ")
+    assert summary[3] == (
+        "busy       device 95.0 %, host 50.0 %, 80.0 % of the host's time overlaps the device's; "
+        "7 bubbles, 0.250 s in all"
+    )
+
+
+def test_tpot_by_lane_goes_by_where_most_tokens_came_from():
+    statistics = Statistics(None)
+    for num_tokens, num_host_tokens, tpot_sec in ((4, 2, 1.0), (4, 3, 3.0), (1, 1, 0.0)):
+        request = Request("a", (1, 2), SamplingParams())
+        tokens = tuple(range(num_tokens))
+        finish_sec = 1.0 + tpot_sec * (num_tokens - 1)
+        output = RequestOutput(
+            request, tokens, FinishReason.STOP, 0.0, 1.0, finish_sec, 0, num_host_tokens
+        )
+        statistics.add_result(output, 10)
+    found = statistics.to_json(wall_sec=1.0)
+    assert found["output_tokens_by_lane"] == {"device": 3, "host": 6}
+    assert found["tpot_sec_by_lane"]["device"]["mean"] == 1.0
+    assert found["tpot_sec_by_lane"]["host"]["mean"] == 3.0
+    assert found["tpot_sec"]["mean"] == 2.0
+
+
+def test_a_trace_is_written_and_said(job):
+    write_input(job)
+    trace = job.folder / "trace.json"
+    assert job.run(trace=trace) == 0
+    sweeps = [event for event in json.loads(trace.read_text()) if event["name"] == "sweep"]
+    assert len(sweeps) == job.engine.num_sweeps
+    shown = {name for event in sweeps for name in event["args"]["requests"]}
+    assert shown == {f"r{number}" for number in range(30)}
+    assert job.said.splitlines()[-1] == f"trace      {len(sweeps)} events in {trace}"
+
+
+def test_a_trace_of_a_job_that_fails_is_whole(job):
+    class Failing(FakeEngine):
+        def step(self):
+            if self.num_sweeps == 3:
+                raise RuntimeError("a fault")
+            return super().step()
+
+    write_input(job)
+    trace = job.folder / "trace.json"
+    with pytest.raises(RuntimeError, match="a fault"):
+        job.run(engine=Failing, trace=trace)
+    assert [event["name"] for event in json.loads(trace.read_text())].count("sweep") == 3
+
+
 def test_progress_on_a_terminal_and_elsewhere():
     class Terminal(io.StringIO):
         def isatty(self):
@@ -253,7 +334,7 @@ def test_progress_on_a_terminal_and_elsewhere():
 
     statistics = Statistics(1000)
     output = RequestOutput(
-        Request("a", (1, 2), SamplingParams()), (1, 2, 3), FinishReason.STOP, 0.0, 1.0, 2.0, 0
+        Request("a", (1, 2), SamplingParams()), (1, 2, 3), FinishReason.STOP, 0.0, 1.0, 2.0, 0, 0
     )
     statistics.add_result(output, 200)
     statistics.add_failure(50)
@@ -462,8 +543,8 @@ def test_other_model_or_defaults_stop_the_job(job, sampling, fingerprint, messag
         job.sidecar.write_text("[torn")
         message = "out.jsonl.job.json, which could say what differs, is lost or does not match"
 
-    def engine(config):
-        return FakeEngine(config, fingerprint=fingerprint)
+    def engine(config, timeline):
+        return FakeEngine(config, timeline, fingerprint=fingerprint)
 
     config = make_config(job.folder, **sampling)
     assert job.run(config=config, engine=engine) == 2
@@ -508,6 +589,12 @@ def test_refused_paths(job):
         ({"output": folder}, "is a folder; name a file"),
         ({"output": folder / "no" / "out"}, f"there is no folder {folder}/no"),
         ({"metrics": folder / "no" / "m"}, f"there is no folder {folder}/no"),
+        ({"trace": job.input}, "--trace is the input"),
+        ({"trace": job.output}, "--trace is the output"),
+        ({"metrics": folder / "x", "trace": folder / "x"}, f"--trace is the metrics, {folder}/x"),
+        ({"trace": folder}, f"--trace={folder} is a folder; name a file"),
+        ({"trace": folder / "no" / "t"}, f"--trace={folder}/no/t: there is no folder {folder}/no"),
+        ({"trace": Path("/proc/trace")}, "error: cannot write --trace=/proc/trace: No such file"),
         ({"overwrite": True, "retry_failed": True}, "--retry_failed has no meaning"),
     ):
         assert job.run(**options) == 2
@@ -516,13 +603,14 @@ def test_refused_paths(job):
         assert sorted(os.listdir(folder)) == ["in.jsonl"]
 
 
-def test_metrics_do_not_replace_a_device(job):
+@pytest.mark.parametrize("name", ["metrics", "trace"])
+def test_a_device_is_not_replaced(job, name):
     """A fifo stands for /dev/null, which root would lose."""
     write_input(job, 2)
     pipe = job.folder / "pipe"
     os.mkfifo(pipe)
-    assert job.run(metrics=pipe) == 2
-    assert f"--metrics={pipe} is no regular file, and would be replaced" in job.said
+    assert job.run(**{name: pipe}) == 2
+    assert f"--{name}={pipe} is no regular file, and would be replaced" in job.said
     assert pipe.is_fifo()
     assert not job.output.exists()
 
@@ -538,18 +626,19 @@ def test_refused_config_and_tokenizer(job):
     assert job.said == ("error: --config.sampling.top_p is 2.0; it must be above 0 and at most 1\n")
     assert job.engine is None
 
-    def failing(config):
+    def failing(config, timeline):
         raise ConfigError("no room for the weights")
 
-    assert job.run(engine=failing) == 2
+    assert job.run(engine=failing, trace=job.folder / "trace.json") == 2
     assert "error: no room for the weights" in job.said
+    assert not (job.folder / "trace.json").exists()
     (job.folder / "tokenizer.json").write_text("{")
     assert job.run() == 2
     assert "tokenizer.json is not a tokenizer.json that loads" in job.said
     write_byte_tokenizer(job.folder)
 
-    def small(config):
-        engine = FakeEngine(config)
+    def small(config, timeline):
+        engine = FakeEngine(config, timeline)
         engine.model.architecture = dataclasses.replace(engine.model.architecture, vocab_size=20)
         return engine
 
@@ -565,7 +654,7 @@ def test_foreign_output_is_refused_and_overwritten_on_demand(job):
     assert "is not the output of a batch job: line 1" in job.said
     assert job.output.read_text() == "my diary\n"
 
-    def failing(config):
+    def failing(config, timeline):
         raise ConfigError("no room")
 
     assert job.run(overwrite=True, engine=failing) == 2
@@ -674,7 +763,7 @@ def test_signal_writes_what_is_complete(job, number, ordered):
 def test_signal_while_loading_changes_nothing(job):
     write_input(job, 3)
 
-    def loading(config):
+    def loading(config, timeline):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not reached")
 

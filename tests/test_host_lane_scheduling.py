@@ -32,7 +32,7 @@ def submit(loop, drawn):
         loop.submit(make_request(str(index), prompt, max_tokens, ignore_eos=ignore_eos))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(sorted(POLICIES)),
     st.lists(requests, min_size=1, max_size=14),

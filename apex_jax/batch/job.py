@@ -6,6 +6,7 @@ an existing output changes before the job is known to be the same, and what is w
 
 import contextlib
 import io
+import itertools
 import os
 import signal
 import stat
@@ -40,6 +41,8 @@ from apex_jax.batch.resume import (
 from apex_jax.batch.statistics import Statistics, format_bytes, format_summary
 from apex_jax.config import Config, ConfigError, validate
 from apex_jax.text import Tokenizer, load_tokenizer
+from apex_jax.timeline import Timeline
+from apex_jax.trace import TraceFile
 
 # Exit statuses; an interrupted job adds the signal's number to 128, as shells do.
 EXIT_OK = 0
@@ -52,13 +55,14 @@ EXIT_STOPPED = 3  # full disk or the like: what is written stays, the same comma
 class JobOptions:
     """The files of a job, and how to treat an output that exists.
 
-    ordered: output lines in input order. overwrite: drop an existing output. retry_failed: run the
-    failed lines of an existing output again.
+    trace: of what ran when. ordered: output lines in input order. overwrite: drop an existing
+    output. retry_failed: run the failed lines of an existing output again.
     """
 
     input: Path
     output: Path
     metrics: Path | None = None
+    trace: Path | None = None
     ordered: bool = False
     overwrite: bool = False
     retry_failed: bool = False
@@ -107,8 +111,9 @@ class _Job:
             tokenizer = self._load_tokenizer()
             known = known_before_loading(self._config, tokenizer)
             jobs = self._read_output(journal, known)
+            trace = self._open_trace(stack)
             started_sec = time.monotonic()
-            engine = create_engine(self._config, self._progress.message)
+            engine = create_engine(self._config, self._progress.message, Timeline(trace))
             startup_sec = time.monotonic() - started_sec
             if tokenizer is not None:
                 tokenizer.check_vocabulary(engine.model.architecture.vocab_size)
@@ -144,6 +149,9 @@ class _Job:
                 self._report(
                     engine, statistics, identity, status, wall_sec=wall_sec, startup_sec=startup_sec
                 )
+                if trace is not None:
+                    trace.close()
+                    self._progress.message(trace.describe())
             return status
 
     def _check_paths(self) -> None:
@@ -151,22 +159,34 @@ class _Job:
         options = self._options
         if options.overwrite and options.retry_failed:
             raise JobRefusedError("--overwrite drops all results: --retry_failed has no meaning")
-        for name, path in (("output", options.output), ("metrics", options.metrics)):
-            if path is None:
-                continue
+        asked = (("output", options.output), ("metrics", options.metrics), ("trace", options.trace))
+        paths = [(name, path) for name, path in asked if path is not None]
+        for name, path in paths:
             if path.exists() and options.input.exists() and path.samefile(options.input):
                 raise JobRefusedError(f"--{name} is the input, {path}")
             if path.is_dir():
                 raise JobRefusedError(f"--{name}={path} is a folder; name a file")
-            if name == "metrics" and path.exists() and not path.is_file():
+            if name != "output" and path.exists() and not path.is_file():
                 raise JobRefusedError(f"--{name}={path} is no regular file, and would be replaced")
             if not path.absolute().parent.is_dir():
                 raise JobRefusedError(f"--{name}={path}: there is no folder {path.parent}")
+        for (other, first), (name, second) in itertools.combinations(paths, 2):
+            if first.absolute() == second.absolute():
+                raise JobRefusedError(f"--{name} is the {other}, {second}")
         metrics = options.metrics
         if metrics is not None and not os.access(metrics.absolute().parent, os.W_OK):
             raise JobRefusedError(f"--metrics={metrics}: the folder cannot be written")
-        if metrics is not None and metrics.absolute() == options.output.absolute():
-            raise JobRefusedError(f"--metrics is the output, {metrics}")
+
+    def _open_trace(self, stack: contextlib.ExitStack) -> TraceFile | None:
+        path = self._options.trace
+        if path is None:
+            return None
+        try:
+            trace = TraceFile(path, origin_sec=time.perf_counter())
+        except OSError as error:
+            raise JobRefusedError(f"cannot write --trace={path}: {error.strerror}") from error
+        stack.callback(trace.close)
+        return trace
 
     def _load_tokenizer(self) -> Tokenizer | None:
         path = self._config.model.path
@@ -266,6 +286,7 @@ class _Job:
             "startup_sec": startup_sec,
             "compile_sec": measured.get("compile_sec"),
             "peak_bytes": measured.get("peak_bytes"),
+            "hybrid": measured.get("hybrid"),
             "engine": measured,
             "job": {"model_name": engine.model.name, **identity},
         }

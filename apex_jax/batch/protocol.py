@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from apex_jax.config import Config, LlamaConfig
 from apex_jax.request import Request, RequestOutput
+from apex_jax.timeline import Timeline
 
 
 @runtime_checkable
@@ -28,8 +29,9 @@ class BatchEngine(Protocol):
     num_output_tokens: decoded so far, those of unfinished requests included.
     num_unfinished: submitted and not yet returned by `step`. num_waiting: those of them that are
     not yet admitted. `submit` raises RequestError for a request that can never run. `metrics`
-    has JSON values only; `compile_sec` (float) and `peak_bytes` (bytes by tier) are shown in the
-    summary where present.
+    has JSON values only; the summary shows, where present, `compile_sec` (float), `peak_bytes`
+    (bytes by tier) and `hybrid`, of an engine with a host lane: `num_merges`, `num_extra_passes`,
+    `num_late` and what overlap.Figures.to_json returns.
     """
 
     @property
@@ -46,4 +48,5 @@ class BatchEngine(Protocol):
     def metrics(self) -> dict[str, Any]: ...
 
 
-CreateEngine = Callable[[Config, Callable[[str], None]], BatchEngine]
+# The engine reports what it does to the timeline.
+CreateEngine = Callable[[Config, Callable[[str], None], Timeline], BatchEngine]

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Mapping
 from typing import Any
 
+from apex_jax.sequence import Lane
 from apex_jax.request import RequestOutput
 
 PERCENTILES = (50, 90, 99)
@@ -27,21 +28,25 @@ class Statistics:
         self.num_skipped = 0
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
+        self.num_host_tokens = 0
         self.num_preemptions = 0
         self.skipped_bytes = 0
         self.done_bytes = 0
         self._ttft_sec = array("d")
-        self._tpot_sec = array("d")
+        # By the lane that most of a request's tokens came from.
+        self._tpot_sec = {lane: array("d") for lane in Lane}
 
     def add_result(self, output: RequestOutput, line_bytes: int) -> None:
         self.num_finished += 1
         self.done_bytes += line_bytes
         self.num_prompt_tokens += len(output.request.prompt_token_ids)
         self.num_output_tokens += len(output.token_ids)
+        self.num_host_tokens += output.num_host_tokens
         self.num_preemptions += output.num_preemptions
         self._ttft_sec.append(output.ttft_sec)
         if output.tpot_sec is not None:
-            self._tpot_sec.append(output.tpot_sec)
+            is_of_host = 2 * output.num_host_tokens > len(output.token_ids)
+            self._tpot_sec[Lane.HOST if is_of_host else Lane.DEVICE].append(output.tpot_sec)
 
     def add_failure(self, line_bytes: int) -> None:
         self.num_failed += 1
@@ -75,13 +80,20 @@ class Statistics:
             },
             "prompt_tokens": self.num_prompt_tokens,
             "output_tokens": self.num_output_tokens,
+            "output_tokens_by_lane": {
+                "device": self.num_output_tokens - self.num_host_tokens,
+                "host": self.num_host_tokens,
+            },
             "preemptions": self.num_preemptions,
             "wall_sec": wall_sec,
             "requests_per_sec": self.num_finished * per_sec,
             "prompt_tokens_per_sec": self.num_prompt_tokens * per_sec,
             "output_tokens_per_sec": self.num_output_tokens * per_sec,
             "ttft_sec": summarize(self._ttft_sec),
-            "tpot_sec": summarize(self._tpot_sec),
+            "tpot_sec": summarize(sum(self._tpot_sec.values(), array("d"))),
+            "tpot_sec_by_lane": {
+                lane.value: summarize(times) for lane, times in self._tpot_sec.items()
+            },
         }
 
 
@@ -110,13 +122,40 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
     for name, title in (("ttft_sec", "TTFT"), ("tpot_sec", "TPOT")):
         times = metrics[name]
         if times is not None:
-            shown = ", ".join(f"p{p} {1e3 * times[f'p{p}']:.1f}" for p in PERCENTILES)
-            lines.append(f"{title}       {shown} ms, mean {1e3 * times['mean']:.1f} ms")
+            lines.append(f"{title}       {_format_times(times)}")
+    if metrics["hybrid"] is not None:
+        lines += _hybrid_lines(metrics)
     peaks = metrics["peak_bytes"]
     if peaks:
         shown = ", ".join(f"{tier} {format_bytes(size)}" for tier, size in peaks.items())
         lines.append(f"peak bytes {shown}")
     return "\n".join(lines)
+
+
+def _hybrid_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Return what the host lane added and how well it was hidden."""
+    hybrid, num_host = metrics["hybrid"], metrics["output_tokens_by_lane"]["host"]
+    percent = 100 * num_host / max(1, metrics["output_tokens"])
+    lines = [
+        f"host lane  {num_host} of {metrics['output_tokens']} output tokens ({percent:.1f} %); "
+        f"{hybrid['num_merges']} merges, {hybrid['num_extra_passes']} extra passes, "
+        f"{hybrid['num_late']} late cohorts",
+    ]
+    for lane, times in metrics["tpot_sec_by_lane"].items():
+        if times is not None:
+            lines.append(f"{'  ' + lane:<11}TPOT {_format_times(times)}")
+    lines.append(
+        f"busy       device {hybrid['device_busy_percent']:.1f} %, "
+        f"host {hybrid['host_busy_percent']:.1f} %, "
+        f"{hybrid['overlap_percent']:.1f} % of the host's time overlaps the device's; "
+        f"{hybrid['num_bubbles']} bubbles, {hybrid['bubble_sec']:.3f} s in all"
+    )
+    return lines
+
+
+def _format_times(times: Mapping[str, float]) -> str:
+    shown = ", ".join(f"p{p} {1e3 * times[f'p{p}']:.1f}" for p in PERCENTILES)
+    return f"{shown} ms, mean {1e3 * times['mean']:.1f} ms"
 
 
 def format_bytes(num_bytes: int) -> str:

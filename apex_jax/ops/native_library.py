@@ -12,9 +12,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
+
+from apex_jax.config import parse_cpus
 
 LIBRARY_NAME = "libapex_host_attention.so"
 HANDLERS = ("allocate", "append", "attend", "append_and_attend", "write_pages", "read_pages")
+
+# What cpu_ops/thread_pool.h calls ThreadSpan.
+THREAD_SPAN = np.dtype(
+    [("thread", "i4"), ("num_tasks", "i4"), ("start_ns", "i8"), ("end_ns", "i8")]
+)
+_MAX_TAKEN = 4096
 
 
 class HostOp(NamedTuple):
@@ -49,7 +58,7 @@ def load(
         if not path.is_file():
             raise FileNotFoundError(f"library: {path} does not exist")
         handle = ctypes.CDLL(str(path))
-        if not hasattr(handle, "apex_read"):
+        if not hasattr(handle, "apex_take_spans"):
             raise RuntimeError(f"library: {path} is of another version: run `pip install -e .`")
         handle.apex_configure.argtypes = [
             ctypes.c_int,
@@ -61,6 +70,14 @@ def load(
             getattr(handle, name).restype = ctypes.c_char_p
         handle.apex_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         handle.apex_read.restype = ctypes.c_uint64
+        handle.apex_record.argtypes = [ctypes.c_int64]
+        handle.apex_record.restype = None
+        handle.apex_take_spans.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_int64,
+            ctypes.POINTER(ctypes.c_int64),
+        ]
+        handle.apex_take_spans.restype = ctypes.c_int64
         for name in HANDLERS:
             capsule = jax.ffi.pycapsule(getattr(handle, f"apex_{name}"))
             jax.ffi.register_ffi_target(f"apex_{name}", capsule, platform="cpu")
@@ -119,6 +136,34 @@ def read_memory(address: int, num_bytes: int) -> int:
     return _loaded()[1].apex_read(address, num_bytes)
 
 
+def record(capacity: int) -> None:
+    """Keep what the op's threads do, up to `capacity` spans until they are taken; 0 stops.
+
+    A span is what one thread did in one of the parallel parts of a call. `configure` starts
+    threads anew, which do not record.
+    """
+    if capacity < 0:
+        raise ValueError(f"capacity = {capacity}: must be at least 0")
+    _loaded()[1].apex_record(capacity)
+
+
+def take_spans() -> tuple[np.ndarray, int]:
+    """Return the kept spans in order (dtype THREAD_SPAN), and how many were dropped for them.
+
+    Times are nanoseconds of the monotonic clock, which is time.perf_counter's. Thread 0 is the
+    one that made the call. Waits for the parallel part that runs.
+    """
+    handle = _loaded()[1]
+    parts: list[np.ndarray] = []
+    num_dropped, dropped = 0, ctypes.c_int64()
+    while not parts or len(parts[-1]) == _MAX_TAKEN:
+        spans = np.empty(_MAX_TAKEN, THREAD_SPAN)
+        count = handle.apex_take_spans(spans.ctypes.data, _MAX_TAKEN, ctypes.byref(dropped))
+        parts.append(spans[:count])
+        num_dropped += dropped.value
+    return np.concatenate(parts), num_dropped
+
+
 def require_loaded() -> None:
     """Raise RuntimeError unless the op is loaded: XLA's own message would not say what to do."""
     _loaded()
@@ -158,11 +203,7 @@ def _cpus_of_node(numa_node: int) -> list[int]:
     path = pathlib.Path(f"/sys/devices/system/node/node{numa_node}/cpulist")
     if not path.is_file():
         raise ValueError(f"numa_node = {numa_node}: {path} does not exist")
-    cpus: set[int] = set()
-    for part in path.read_text().strip().split(","):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    cpus &= _usable_cpus()
+    cpus = _usable_cpus().intersection(parse_cpus(path.read_text()))
     if not cpus:
         raise ValueError(f"numa_node = {numa_node}: none of its CPUs is usable by this process")
     return sorted(cpus)
