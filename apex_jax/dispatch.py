@@ -75,7 +75,7 @@ class DispatchStats:
     num_extra_passes: int = 0
     num_joint_heads: int = 0
     num_head_passes: int = 0
-    num_late: int = 0  # a cohort stood at the device's boundary and its attention was not ready
+    num_late: int = 0  # the device met a cohort that had a whole sweep's time and was not ready
     num_host_jobs: int = 0
     num_device_stages: int = 0
     num_moves: Counter[Direction] = field(default_factory=Counter)
@@ -99,7 +99,7 @@ class _Cohort:
     point: int = 0
     handle: Handle | None = None
     num_passes: int = 0  # in this sweep, entering layer 0 included
-    num_extra_passes: int = 0  # of these
+    num_extra_passes: int = 0  # since the device's rows last were where it stood
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Dispatch:
             assert batch.cohort_id not in self._cohorts, f"cohort {batch.cohort_id} is under way"
             self._cohorts[batch.cohort_id] = _Cohort(batch)
         for cohort in self._cohorts.values():
-            cohort.num_passes = cohort.num_extra_passes = 0
+            cohort.num_passes = 0
         self._moves += [_Moving(move) for move in plan.moves]
         self._carry_moves(sweep)
         self._enter()
@@ -249,6 +249,7 @@ class Dispatch:
                 x, entered = self._enqueue(Boundary(layer), x, cohort.handle)
                 place, merging = _Place.INSIDE, []
                 self.stats.num_merges += 1
+                cohort.num_extra_passes = 0
                 self._attend_on_host(cohort, entered)
         x = self._carry(batch, x, layer, place, None)
         self._sample(sweep, merging, (head, x))
@@ -295,7 +296,7 @@ class Dispatch:
 
     def _may_pass(self, cohort: _Cohort) -> bool:
         passes = self._policy.passes
-        return cohort.handle is not None and (passes is None or cohort.num_passes < passes)
+        return cohort.handle is not None and (passes != 1 or cohort.num_passes == 0)
 
     # Cohorts
 
@@ -313,8 +314,9 @@ class Dispatch:
                 merging.append(cohort)
             elif action is Action.EXTRA_PASS:
                 self._pass_alone(cohort, sweep)
-            elif can_merge and not self._is_ready(cohort.handle):
-                self.stats.num_late += 1
+            elif can_merge:
+                cohort.num_extra_passes = 0
+                self.stats.num_late += cohort.num_passes == 0
         return merging
 
     def _ask(self, boundary: int, cohort: _Cohort, *, can_merge: bool) -> Action:

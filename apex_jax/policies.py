@@ -32,9 +32,10 @@ class Action(Enum):
 class CohortView:
     """A cohort as a policy sees it.
 
-    point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given in
-    this sweep. can_merge: the device is at this very point and nobody has taken it. is_ready: its
-    attention is done. queue_depth: stages the device has left to end.
+    point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given
+    since the device's rows last were where it stood. can_merge: the device is at this very point
+    and nobody has taken it. is_ready: its attention is done. queue_depth: stages the device has
+    left to end.
     """
 
     cohort_id: int
@@ -60,8 +61,9 @@ class Policy(Protocol):
     """One strategy.
 
     max_cohorts: with tokens under way at once; 0 for no host lane. uses_device_lane: whether any
-    KV lives on the device. passes: points a cohort may pass per sweep, None for all; with 1 the
-    loop runs ahead from one cohort's place to the next.
+    KV lives on the device. passes: points a cohort may pass per sweep, counted from the device's
+    coming by to the next; None for all. With 1 the loop runs ahead from one cohort's place to the
+    next.
     """
 
     @property

@@ -237,7 +237,7 @@ def test_the_loop_waits_for_a_result_until_the_device_has_one_stage_left():
     depths = [view.queue_depth for boundary, view in policy.views if view.point == boundary]
     assert min(depths[::2]) > 1
     assert depths[1::2] == [1] * 3
-    assert play.dispatch.stats.num_late == 3
+    assert play.dispatch.stats.num_late == 2, "in its first sweep it had only just entered"
 
 
 def test_a_policy_may_wait_for_the_result_however_late():
@@ -313,7 +313,7 @@ def test_all_cohorts_that_stand_at_the_head_share_it():
 
 
 def test_cohorts_keep_the_distance_that_the_policy_asks_for():
-    policy = Scripted(merge_when_ready, max_cohorts=2, entry_spacing=3, passes=1)
+    policy = Scripted(merge_when_ready, max_cohorts=2, passes=1, entry_spacing=3)
     play = Play(policy, host_rows=2)
     entered = []
     for sweep in range(5):
@@ -352,7 +352,7 @@ def test_without_device_rows_the_sweeps_are_the_cohorts_own():
             Merging(),
             Merging(max_cohorts=3, is_spread=True),
             Merging(max_cohorts=2, passes=3),
-            Merging(max_cohorts=2, passes=NUM_LAYERS),
+            Merging(max_cohorts=2, passes=None),
             Merging(max_cohorts=2, uses_device_lane=False),
             AsymmetricPipelining(StageTimes(num_layers=NUM_LAYERS, linear_sec=1.0)),
         ]
