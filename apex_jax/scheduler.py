@@ -152,10 +152,11 @@ class Scheduler:
     def _rooms(self) -> list[LaneRoom]:
         return [self._device] if self._host is None else [self._device, self._host]
 
-    def requests_by_slot(self) -> dict[int, str]:
-        """Return the request id of each slot in use, for the timeline."""
-        live = itertools.chain(*(room.sequences for room in self._rooms))
-        return {one.slot: one.request.request_id for one in live if one.slot is not None}
+    def requests_by_group(self) -> dict[str, list[str]]:
+        """Return the request ids in the device lane and in each cohort, for the timeline."""
+        groups = {f"cohort {number}": rows for number, rows in self._cohorts.items()}
+        groups["device"] = self._device.sequences
+        return {name: [one.request.request_id for one in rows] for name, rows in groups.items()}
 
     def submit(self, request: Request, now_sec: float) -> None:
         """Queue a request; RequestError if it could never run."""
