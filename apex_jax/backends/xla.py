@@ -7,8 +7,7 @@ pool the host lane's. Called by the dispatch loop; knows nothing of requests.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from apex_jax.backends.handles import (
     PagesHandle,
     TokensHandle,
 )
+from apex_jax.backends.host_lane import HostLane
 from apex_jax.buckets import smallest_that_holds
 from apex_jax.hardware import (
     Boundary,
@@ -54,13 +54,6 @@ from apex_jax.packing import DecodeArrays, PrefillArrays
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
 from apex_jax.programs import Programs
 from apex_jax.stages import BoundaryRows
-
-
-@runtime_checkable
-class HostLane(Protocol):
-    """What the backend asks of host_lane.HostLane."""
-
-    def submit(self, job: Job, operand: Array | None = None) -> Future[Any]: ...
 
 
 class XlaBackend:
