@@ -180,13 +180,13 @@ def host_lane_bytes(
     """Return what a host lane takes on the device beside the pool.
 
     The staging plane; the pages in transit between the lanes, which are copies; and the hidden
-    states of the prompts that prefill for the host, which fill the staging plane or one chunk, with
-    those of the chunk that is being computed.
+    states of the prompts that prefill for the host: they fill the plane, the last chunk is padded,
+    and what the embedding yields is kept until the device is known to have passed it.
     """
     layer_page_bytes = page_bytes(model, page_size, dtype) // model.num_layers
     transit_pages = max(MAX_TRANSIT_PAGES, num_staging_pages)
-    hidden_tokens = max(num_staging_pages * page_size, max_prefill_tokens) + max_prefill_tokens
-    hidden_bytes = hidden_tokens * model.d_model * dtype.itemsize
+    group_tokens = num_staging_pages * page_size + max_prefill_tokens
+    hidden_bytes = 2 * group_tokens * model.d_model * dtype.itemsize
     return (num_staging_pages + transit_pages) * layer_page_bytes + hidden_bytes
 
 

@@ -43,7 +43,8 @@ def programs():
         page_size=PAGE_SIZE,
         max_sequence_pages=MAX_SEQUENCE_PAGES,
         rows=(2, 4),
-        page_counts=(2, 8),
+        written_pages=(2, 8),
+        read_pages=(2, 8),
         device=choose_host_device(jax.devices()[0]),
     )
 
@@ -196,8 +197,8 @@ def test_spans_tell_what_a_job_did(make_lane):
     operand = on_device(qkv_of(np.random.default_rng(0), 2))
     result_of(lane.submit(attention([4], [[7]], layer=1, cohort_id=5), operand))
     lanes, names, starts, ends, args = zip(*spans, strict=True)
-    assert set(lanes) == {"host"}
-    assert names == ("transfer_to_host", "host_attention", "transfer_to_device")
+    assert lanes == ("to host", "host", "to device")
+    assert set(names) == {"host_attention"}
     assert args[1] == {"layer": 1, "rows": 1, "cohort_id": 5}
     assert [one["bytes"] for one in args[::2]] == [2 * 10 * 16 * 4, 2 * 6 * 16 * 4]
     times = [time for span in zip(starts, ends, strict=True) for time in span]

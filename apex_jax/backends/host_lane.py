@@ -38,8 +38,9 @@ class HostLane:
     """The worker of the host.
 
     device: where results go. cpus: those of the op's threads, the worker itself runs on the first;
-    empty for anywhere. on_span: gets the spans of each job, from the worker's thread. before_job:
-    called there before each job; tests delay, block or fail in it.
+    empty for anywhere. on_span: gets the spans of each job, from the worker's thread: its operand's
+    arrival ("to host", as far as it is waited for), the op ("host"), its result's departure
+    ("to device"). before_job: called there before each job; tests delay, block or fail in it.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class HostLane:
         pool, out_bnh, _ = program(pool, qkv_bjh, tables_bm, lengths_b, np.int32(num_rows))
         self._pools[job.layer] = pool
         out_bnh.block_until_ready()
-        self._span(job, name_of(job), start_sec, rows=num_rows, cohort_id=job.cohort_id)
+        self._span("host", job, start_sec, rows=num_rows, cohort_id=job.cohort_id)
         return out_bnh
 
     def _write_pages(self, job: WritePages, pages_ik2zh: Float[np.ndarray, "i k 2 z h"]) -> None:
@@ -144,33 +145,34 @@ class HostLane:
         pool = program(self._pools[job.layer], pages_ik2zh, ids_i, num_pages)
         self._pools[job.layer] = pool
         pool.block_until_ready()
-        self._span(job, name_of(job), start_sec, pages=int(num_pages))
+        self._span("host", job, start_sec, pages=int(num_pages))
 
     def _read_pages(self, job: ReadPages) -> Float[Array, "i k 2 z h"]:
         start_sec = time.perf_counter()
-        count = smallest_that_holds(self._programs.page_counts, len(job.pages_i))
+        count = smallest_that_holds(self._programs.read_pages, len(job.pages_i))
         program = self._programs[ProgramKey("read_pages", (count,))]
         ids_i, num_pages = _pad(job.pages_i, count)
         pages_ik2zh = program(self._pools[job.layer], ids_i, num_pages)
         pages_ik2zh.block_until_ready()
-        self._span(job, name_of(job), start_sec, pages=int(num_pages))
+        self._span("host", job, start_sec, pages=int(num_pages))
         return pages_ik2zh
 
     def _receive(self, job: Job, operand: Array) -> np.ndarray:
         """Wait for the copy to the host that was started when the operand was enqueued."""
         start_sec = time.perf_counter()
         arrived = np.asarray(operand)
-        self._span(job, "transfer_to_host", start_sec, bytes=arrived.nbytes)
+        self._span("to host", job, start_sec, bytes=arrived.nbytes)
         return arrived
 
     def _send(self, job: Job, result: Array) -> Array:
         start_sec = time.perf_counter()
         sent = jax.device_put(np.asarray(result), self._device)
-        self._span(job, "transfer_to_device", start_sec, bytes=result.nbytes)
+        self._span("to device", job, start_sec, bytes=result.nbytes)
         return sent
 
-    def _span(self, job: Job, name: str, start_sec: float, **args: object) -> None:
-        self._on_span("host", name, start_sec, time.perf_counter(), layer=job.layer, **args)
+    def _span(self, lane: str, job: Job, start_sec: float, **args: object) -> None:
+        end_sec = time.perf_counter()
+        self._on_span(lane, name_of(job), start_sec, end_sec, layer=job.layer, **args)
 
 
 def load_host_op(host: HostConfig) -> HostOp:
