@@ -1,6 +1,7 @@
 """The host lane: right results in order, pages back to the bit, failures that are told."""
 
 import os
+import re
 import threading
 from unittest import mock
 
@@ -141,6 +142,7 @@ def test_cohorts_decode_as_in_float64(make_lane, data, seed):
         assert out.shape == (rows, MODEL.num_heads, MODEL.head_dim)
         np.testing.assert_allclose(out[: len(expected)], expected, rtol=0, atol=4e-6)
         assert not np.asarray(out)[len(expected) :].any()
+    lane.close()
 
 
 @pytest.mark.parametrize("num_pages", [1, 2, 3, 8])
@@ -203,6 +205,25 @@ def test_spans_tell_what_a_job_did(make_lane):
     assert [one["bytes"] for one in args[::2]] == [2 * 10 * 16 * 4, 2 * 6 * 16 * 4]
     times = [time for span in zip(starts, ends, strict=True) for time in span]
     assert times == sorted(times)
+
+
+def test_the_lane_says_what_it_does(make_lane):
+    begun, gate = threading.Event(), threading.Event()
+
+    def block(job):
+        begun.set()
+        gate.wait(WAIT_SEC)
+
+    lane = make_lane(before_job=block)
+    assert lane.describe() == "host lane: idle; 0 jobs queued"
+    futures = [lane.submit(ReadPages(1, np.asarray([0], np.int32))) for _ in range(3)]
+    begun.wait(WAIT_SEC)
+    message = r"host lane: read_pages of layer 1 for \d+\.\d s; 2 jobs queued"
+    assert re.fullmatch(message, lane.describe())
+    gate.set()
+    result_of(futures[-1])
+    lane.close()
+    assert lane.describe() == "host lane: ended: it was closed; 0 jobs queued"
 
 
 # Failures
@@ -294,6 +315,14 @@ def test_closing_ends_the_thread_and_frees_the_pools(make_lane):
 
 
 # Set-up
+
+
+def test_pools_that_cannot_be_had_are_told_to_who_makes_the_lane(programs, make_lane):
+    with (
+        mock.patch.object(programs, "allocate", side_effect=MemoryError("4096 GiB")),
+        pytest.raises(MemoryError, match="4096 GiB"),
+    ):
+        make_lane()
 
 
 def test_a_cpu_stands_in_beside_another_one():

@@ -54,11 +54,16 @@ class HostLane:
     ):
         self._programs, self._device, self._cpus = programs, device, cpus
         self._on_span, self._before_job = on_span, before_job
-        self._pools = programs.allocate()
+        self._pools: list[Float[Array, "p k 2 z h"]] = []
         self._jobs: SimpleQueue[tuple[Job, Array | None, HostFuture] | None] = SimpleQueue()
+        self._running: tuple[Job, float] | None = None  # and since when
         self._failure: BaseException | None = None
-        self._worker = threading.Thread(target=self._work, name="apex-host", daemon=True)
+        is_set_up: Future[None] = Future()
+        self._worker = threading.Thread(
+            target=self._work, args=(is_set_up,), name="apex-host", daemon=True
+        )
         self._worker.start()
+        is_set_up.result()
 
     def submit(self, job: Job, operand: Array | None = None) -> HostFuture:
         """Queue a job without waiting; its operand's copy to the host has been started.
@@ -85,9 +90,29 @@ class HostLane:
         if not self._worker.is_alive():
             self._pools.clear()
 
-    def _work(self) -> None:
-        if self._cpus:
-            os.sched_setaffinity(0, {self._cpus[0]})  # of this thread alone
+    def describe(self) -> str:
+        """Return what the worker does, for whoever finds that nothing moves."""
+        running = self._running
+        if self._failure is not None:
+            doing = f"ended: {self._failure}"
+        elif running is None:
+            doing = "idle"
+        else:
+            job, start_sec = running
+            seconds = time.perf_counter() - start_sec
+            doing = f"{name_of(job)} of layer {job.layer} for {seconds:.1f} s"
+        return f"host lane: {doing}; {self._jobs.qsize()} jobs queued"
+
+    def _work(self, is_set_up: Future[None]) -> None:
+        try:
+            if self._cpus:
+                os.sched_setaffinity(0, {self._cpus[0]})  # of this thread alone
+            # Here, because the threads that first touch memory decide its NUMA node.
+            self._pools = self._programs.allocate()
+        except BaseException as error:
+            is_set_up.set_exception(error)
+            return
+        is_set_up.set_result(None)
         while (entry := self._jobs.get()) is not None:
             self._serve(*entry)
             del entry  # its operand holds device memory while the queue is empty
@@ -98,6 +123,7 @@ class HostLane:
             error.__cause__ = self._failure
             future.set_exception(error)
             return
+        self._running = job, time.perf_counter()
         try:
             if self._before_job is not None:
                 self._before_job(job)
@@ -107,6 +133,7 @@ class HostLane:
             future.set_exception(error)
         else:
             future.set_result(result)
+        self._running = None
 
     def _fail_pending(self) -> None:
         """Fail what is queued from the caller's thread: the worker may be busy, or gone."""
