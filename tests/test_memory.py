@@ -156,7 +156,8 @@ def test_a_budget_beyond_the_device_is_refused(plan):
 
 def device_with(stats):
     device = mock.Mock(spec=jax.Device)
-    device.platform, device.memory_stats = "gpu", lambda: stats
+    device.platform, device.device_kind = "gpu", "Tesla T4"
+    device.memory_stats = lambda: stats
     return device
 
 
