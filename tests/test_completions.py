@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -175,6 +176,15 @@ def test_a_stage_may_begin_before_it_is_reported(completions, spans):
     completions.enqueued(handle, Boundary(0), start_sec)
     completions.close()
     assert spans[0][2] == start_sec
+
+
+def test_nothing_is_kept_of_a_stage_that_has_ended(completions):
+    (handle,) = enqueue(completions, 1)
+    handle.marker.end()
+    wait_until(lambda: completions.describe() == "device: idle")
+    marker = weakref.ref(handle.marker)
+    del handle
+    wait_until(lambda: marker() is None)
 
 
 def test_they_say_what_the_device_does(completions):

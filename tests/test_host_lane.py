@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+import weakref
 from unittest import mock
 
 import hypothesis
@@ -173,6 +174,18 @@ def test_jobs_run_in_order(make_lane):
     gate.set()
     for value, read in enumerate(reads):
         assert (np.asarray(result_of(read)) == value).all()
+
+
+def test_nothing_is_kept_of_a_job_that_has_ended(make_lane):
+    """Operands and results are device memory that the plan counts once."""
+    lane = make_lane()
+    operand = on_device(np.zeros((2, *PAGE_SHAPE)))
+    written = lane.submit(WritePages(0, np.asarray([1, 2], np.int32)), operand)
+    read = lane.submit(ReadPages(0, np.asarray([1, 2], np.int32)))
+    kept = [weakref.ref(operand), weakref.ref(result_of(read))]
+    del operand, written, read
+    result_of(lane.submit(ReadPages(0, np.asarray([0], np.int32))))  # the worker is past them
+    assert [one() for one in kept] == [None, None]
 
 
 def test_nothing_compiles_after_set_up(make_lane):
