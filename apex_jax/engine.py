@@ -59,6 +59,11 @@ class Workers:
     completions: Completions
     host_lane: HostLane | None
 
+    def describe(self) -> str:
+        """Return what they do, for whoever finds that nothing moves."""
+        workers = (self.completions, self.host_lane)
+        return "; ".join(worker.describe() for worker in workers if worker is not None)
+
     def close(self) -> None:
         if self.host_lane is not None:
             self.host_lane.close()
@@ -237,7 +242,8 @@ class Engine:
             if not self.num_unfinished:
                 self._drain()
         except StuckError as error:
-            raise StuckError(f"{error}\n{self._scheduler.describe()}\n{_stacks()}") from None
+            where = f"{self._scheduler.describe()}\n{self._workers.describe()}\n{_stacks()}"
+            raise StuckError(f"{error}\n{where}") from None
         return outputs
 
     def close(self) -> None:
@@ -379,7 +385,8 @@ def _make_host_lane(
         page_size=memory.page_size,
         max_sequence_pages=memory.num_staging_pages,
         rows=shapes.host.cohort_rows,
-        page_counts=shapes.host.transit_pages,
+        written_pages={*shapes.host.staging_pages, *shapes.host.move_pages},
+        read_pages=shapes.host.move_pages,
         device=choose_host_device(device),
     )
     if timeline.is_tracing:
