@@ -95,7 +95,7 @@ class Buckets:
 
     @property
     def placements(self) -> tuple[tuple[int, int], ...]:
-        """The (group rows, head rows) of groups that share a head, which has more rows than each."""
+        """The (group rows, head rows) of groups that share a head with more rows than each."""
         if self.host is None:
             return ()
         pairs = itertools.product(self.rows, self.host.head_rows)
