@@ -140,7 +140,8 @@ def backend(programs, tensors):
         page_size=PAGE_SIZE,
         max_sequence_pages=8,
         rows=SHAPES.host.cohort_rows,
-        page_counts=SHAPES.host.transit_pages,
+        written_pages={*SHAPES.host.staging_pages, *SHAPES.host.move_pages},
+        read_pages=SHAPES.host.move_pages,
         device=HOST,
     )
     lane = HostLane(host_programs, CPU, on_span=lambda *span, **args: None)
