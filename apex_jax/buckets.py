@@ -46,14 +46,12 @@ class HostBuckets:
     """Shapes of the programs that only a host lane needs.
 
     cohort_rows: those of Buckets.rows that cohorts have. head_rows: where several groups of rows
-    are sampled together. transit_pages: on their way between the lanes at once; of these
-    staging_pages out of the staging plane, move_pages out of the device's pool or into it.
-    num_staging_pages: of the staging plane.
+    are sampled together. staging_pages: exported from the staging plane at once. move_pages:
+    exported from the device's pool, or imported into it. num_staging_pages: of the staging plane.
     """
 
     cohort_rows: tuple[int, ...]
     head_rows: tuple[int, ...]
-    transit_pages: tuple[int, ...]
     staging_pages: tuple[int, ...]
     move_pages: tuple[int, ...]
     num_staging_pages: int
@@ -205,7 +203,6 @@ def _host_buckets(host: HostLimits, device_rows: Sequence[int], rows: Sequence[i
     return HostBuckets(
         cohort_rows=cohort_rows,
         head_rows=(*rows, device_rows[-1] + cohort_rows[-1]),
-        transit_pages=transit_pages,
         staging_pages=_up_to(transit_pages, host.num_staging_pages),
         move_pages=_up_to(transit_pages, host.max_move_pages),
         num_staging_pages=host.num_staging_pages,
