@@ -5,7 +5,7 @@ and no state of theirs: everything a decision rests on is its argument. `form` i
 scheduler, the rest by the dispatch loop. Imports no jax.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol, runtime_checkable
@@ -219,7 +219,7 @@ class AsymmetricPipelining:
         num_rows = load.num_rows + len(members[ALONE]) + len(members[WITH_DEVICE])
         if num_rows / pipelined_sec <= sequential_rate:
             return {}
-        return {cohort_id: rows for cohort_id, rows in members.items() if rows}
+        return {one: rows for one, rows in members.items() if rows}
 
     def _slack_sec(
         self, members: Mapping[int, Sequence[int]], lengths: Sequence[int], load: DeviceLoad
@@ -269,20 +269,8 @@ def split_evenly(
     return members
 
 
-def cohort_rows(config: SchedulerConfig) -> int:
-    """Return the most rows that a cohort of the strategy may have."""
-    match config.strategy:
-        case "full_offload":
-            num_cohorts = 2
-        case "staggered" | "passes":
-            num_cohorts = config.cohorts
-        case _:
-            num_cohorts = 1  # or two of which one may have almost all
-    return -(-config.max_host_requests // num_cohorts)
-
-
-def make_policy(config: SchedulerConfig, measure: Callable[[], StageTimes]) -> Policy:
-    """Return the policy of a strategy; `measure` is called where it predicts."""
+def make_policy(config: SchedulerConfig, times: StageTimes | None = None) -> Policy:
+    """Return the policy of a strategy; `times` are needed where it predicts."""
     match config.strategy:
         case "device_only":
             return DeviceOnly()
@@ -295,6 +283,8 @@ def make_policy(config: SchedulerConfig, measure: Callable[[], StageTimes]) -> P
         case "passes":
             return Merging(max_cohorts=config.cohorts, passes=config.passes)
         case "asymmetric_pipelining":
-            return AsymmetricPipelining(measure())
+            if times is None:
+                raise ValueError("asymmetric_pipelining predicts, and needs stage times")
+            return AsymmetricPipelining(times)
         case _:
             raise ValueError(f"strategy is {config.strategy!r}; config.py names those there are")
