@@ -4,25 +4,90 @@ Owns the choice of row, KV-block and prefill buckets and their budget; every bat
 the smallest bucket that holds it, so that after warm-up nothing compiles. Imports no jax.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from apex_jax.config import LlamaConfig
+
 MAX_EXECUTABLES = 80
 MAX_ROW_BUCKETS = 6
-NUM_SIZES = 4  # of blocks by row bucket, and of context
+# With a host lane every layer has to be left and entered by itself, by the device's rows, by a
+# cohort's and by both: a few sizes fewer of each, and still more programs, most of them small.
+MAX_HYBRID_EXECUTABLES = 128
+MAX_HYBRID_ROW_BUCKETS = 4
+MAX_HYBRID_CONTEXTS = 3
+MAX_HYBRID_CHUNKS = 4
+NUM_SIZES = 4  # of blocks by row bucket, of context, and of pages that change lanes
 MIN_ROWS = 2  # one row alone would take another matmul path on XLA's CPU, with other rounding
 # A decode block is a few pages of one row: its partial sums must cost little beside reading them.
 PAGES_PER_BLOCK = 8
 
 
 @dataclass(frozen=True)
+class HostLimits:
+    """What a host lane asks of the device's programs.
+
+    max_cohort_rows: rows that move through the layers together. num_staging_pages: of the plane
+    that holds one layer's KV of the prompts on their way to the host. max_move_pages: of a sequence
+    that changes lanes.
+    """
+
+    max_cohort_rows: int
+    num_staging_pages: int
+    max_move_pages: int
+
+    def device_bytes(
+        self,
+        model: LlamaConfig,
+        *,
+        page_size: int,
+        max_prefill_tokens: int,
+        max_transit_pages: int,
+        itemsize: int,
+    ) -> dict[str, int]:
+        """Return what the host lane takes of the device's memory beside its programs, by name.
+
+        max_transit_pages: of one layer, on their way between the lanes at once, padding included.
+        """
+        page_bytes = page_size * model.kv_bytes_per_token(itemsize) // model.num_layers
+        # A group of prompts fills the plane; its last chunk is padded to the shape of its program.
+        group_tokens = self.num_staging_pages * page_size + max_prefill_tokens
+        return {
+            "staging_plane": self.num_staging_pages * page_bytes,
+            # Twice: what the embedding yields is kept until the device is known to have passed it.
+            "prompt_hidden_states": 2 * group_tokens * model.d_model * itemsize,
+            "pages_in_transit": max_transit_pages * page_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class HostBuckets:
+    """Shapes of the programs that only a host lane needs.
+
+    cohort_rows: those of Buckets.rows that cohorts have. head_rows: where several groups of rows
+    are sampled together. transit_pages: on their way between the lanes at once; of these
+    staging_pages out of the staging plane, move_pages out of the device's pool or into it.
+    num_staging_pages: of the staging plane.
+    """
+
+    cohort_rows: tuple[int, ...]
+    head_rows: tuple[int, ...]
+    transit_pages: tuple[int, ...]
+    staging_pages: tuple[int, ...]
+    move_pages: tuple[int, ...]
+    num_staging_pages: int
+
+
+@dataclass(frozen=True)
 class Buckets:
     """Shapes of all programs.
 
-    rows: decode rows and head rows. num_blocks: KV blocks (of `block_tokens`) of a whole decode
-    batch, by row bucket. chunks: (rows, tokens) of prefill batches. context_pages: pages a prefill
-    batch attends to, per row.
+    rows: decode rows of either lane, and head rows. num_blocks: KV blocks (of `block_tokens`) of a
+    whole decode batch on the device, by those of the row buckets that such batches have. chunks:
+    (rows, tokens) of prefill batches. context_pages: pages a prefill batch attends to, per row.
+    host: None where there is no host lane.
     """
 
     rows: tuple[int, ...]
@@ -30,10 +95,32 @@ class Buckets:
     chunks: tuple[tuple[int, int], ...]
     context_pages: tuple[int, ...]
     page_size: int
+    host: HostBuckets | None = None
 
     @property
     def block_tokens(self) -> int:
         return self.page_size * PAGES_PER_BLOCK
+
+    @property
+    def device_rows(self) -> tuple[int, ...]:
+        """The row buckets of decode batches on the device."""
+        return tuple(self.num_blocks)
+
+    @property
+    def boundaries(self) -> tuple[tuple[int, ...], ...]:
+        """The row buckets of the groups that share a boundary: one alone, or device and cohort."""
+        if self.host is None:
+            return ()
+        alone = [(rows,) for rows in self.rows]
+        return (*alone, *itertools.product(self.device_rows, self.host.cohort_rows))
+
+    @property
+    def placements(self) -> tuple[tuple[int, int], ...]:
+        """The (group rows, head rows) of groups that share a head."""
+        if self.host is None:
+            return ()
+        pairs = itertools.product(self.rows, self.host.head_rows)
+        return tuple((rows, head_rows) for rows, head_rows in pairs if rows <= head_rows)
 
     def head_rows(self, num_rows: int) -> int:
         """Return the row bucket in which `num_rows` rows are sampled."""
@@ -41,10 +128,17 @@ class Buckets:
 
     @property
     def num_executables(self) -> int:
-        """Embed, layers and head programs over all shapes."""
-        decode = sum(1 + len(self.num_blocks[rows]) for rows in self.rows)
-        prefill = len(self.chunks) * (1 + len(self.context_pages))
-        return decode + prefill + 2 * len(self.rows)
+        """Programs over all shapes: embed, layers and heads; for a host lane what else it needs."""
+        num_decodes = sum(map(len, self.num_blocks.values()))
+        num_prefills = len(self.chunks) * len(self.context_pages)
+        count = num_decodes + num_prefills + len(self.chunks) + 3 * len(self.rows)
+        if self.host is None:
+            return count
+        attention = num_decodes + num_prefills  # of a layer by itself
+        joint_heads = 2 * len(set(self.host.head_rows) - set(self.rows)) + len(self.placements)
+        into_and_out_of_layers = 2 * len(self.rows) + len(self.boundaries)
+        pages = len(self.host.staging_pages) + 2 * len(self.host.move_pages)
+        return count + attention + joint_heads + into_and_out_of_layers + pages
 
 
 def smallest_that_holds(buckets: Iterable[int], size: int) -> int:
@@ -59,30 +153,48 @@ def choose(
     max_model_len: int,
     num_pages: int,
     page_size: int,
+    host: HostLimits | None = None,
 ) -> Buckets:
-    """Choose buckets within the budget of executables.
+    """Choose buckets within the budget of executables; `host` where there is a host lane.
 
-    Rows: the last six powers of two up to max_requests. Blocks: from one a row to the most a batch
-    can hold, so that a full cache, the case that matters here, wastes nothing. Chunks: a long
-    prompt's, a shorter one's (requests mostly arrive one by one, where another ended), or 4 or 16
-    at once. Context: from one chunk to the longest request.
+    Rows: the last six powers of two up to max_requests; with a host lane the last four up to the
+    larger of both lanes' rows, which share them. Blocks: from one a row to the most a batch can
+    hold, so that a full cache, the case that matters here, wastes nothing. Chunks: a long prompt's,
+    a shorter one's (requests mostly arrive one by one, where another ended), or several at once.
+    Context: from one chunk to the longest request.
     """
-    rows = [max(MIN_ROWS, 1 << (max_requests - 1).bit_length())]
-    while len(rows) < MAX_ROW_BUCKETS and rows[0] > MIN_ROWS:
+    max_rows = max_requests if host is None else max(max_requests, host.max_cohort_rows)
+    rows = [max(MIN_ROWS, 1 << (max_rows - 1).bit_length())]
+    max_row_buckets = MAX_ROW_BUCKETS if host is None else MAX_HYBRID_ROW_BUCKETS
+    while len(rows) < max_row_buckets and rows[0] > MIN_ROWS:
         rows.insert(0, rows[0] // 2)
     block_tokens = page_size * PAGES_PER_BLOCK
     num_blocks: dict[int, tuple[int, ...]] = {}
-    for row_bucket in rows:
+    for row_bucket in _up_to(rows, max_requests):
         full_rows = row_bucket * -(-max_model_len // block_tokens)
         # The whole pool, cut into blocks of which each row leaves one partly used.
         pool = num_pages // PAGES_PER_BLOCK + row_bucket
-        num_blocks[row_bucket] = _progression(row_bucket, min(full_rows, pool))
+        num_blocks[row_bucket] = _progression(row_bucket, min(full_rows, pool), NUM_SIZES)
     whole, quarter = max_prefill_tokens, max_prefill_tokens // 4
     chunks = [(1, whole), (1, quarter), (1, quarter // 4), (4, quarter), (16, quarter // 4)]
     chunks = [(count, tokens) for count, tokens in chunks if count <= rows[-1] and tokens >= 4]
-    contexts = _progression(-(-whole // page_size), -(-max_model_len // page_size))
-    buckets = Buckets(tuple(rows), num_blocks, tuple(chunks), contexts, page_size)
-    assert buckets.num_executables <= MAX_EXECUTABLES, buckets
+    if host is not None:
+        chunks = chunks[:MAX_HYBRID_CHUNKS]
+    contexts = _progression(
+        -(-whole // page_size),
+        -(-max_model_len // page_size),
+        NUM_SIZES if host is None else MAX_HYBRID_CONTEXTS,
+    )
+    buckets = Buckets(
+        tuple(rows),
+        num_blocks,
+        tuple(chunks),
+        contexts,
+        page_size,
+        None if host is None else _host_buckets(host, tuple(num_blocks), rows),
+    )
+    limit = MAX_EXECUTABLES if host is None else MAX_HYBRID_EXECUTABLES
+    assert buckets.num_executables <= limit, buckets
     return buckets
 
 
@@ -101,9 +213,35 @@ def fullest_chunk(
     return max(chunks, key=worth)
 
 
-def _progression(smallest: int, largest: int) -> tuple[int, ...]:
-    """Return up to four sizes in geometric progression, each at least twice the one before."""
+def _host_buckets(host: HostLimits, device_rows: Sequence[int], rows: Sequence[int]) -> HostBuckets:
+    """Choose what only the host lane needs.
+
+    A head of several groups holds the most rows of both lanes, and takes more than one round where
+    still more are sampled. Pages: halves of the most, so that at most half of a transfer is
+    padding (of the few pages of a short sequence more).
+    """
+    cohort_rows = _up_to(rows, host.max_cohort_rows)
+    most_pages = max(host.num_staging_pages, host.max_move_pages)
+    transit_pages = sorted({-(-most_pages // 2**step) for step in range(NUM_SIZES)})
+    return HostBuckets(
+        cohort_rows=cohort_rows,
+        head_rows=(*rows, device_rows[-1] + cohort_rows[-1]),
+        transit_pages=tuple(transit_pages),
+        staging_pages=_up_to(transit_pages, host.num_staging_pages),
+        move_pages=_up_to(transit_pages, host.max_move_pages),
+        num_staging_pages=host.num_staging_pages,
+    )
+
+
+def _up_to(buckets: Sequence[int], size: int) -> tuple[int, ...]:
+    """Return the buckets that sizes from 1 to `size` fall into."""
+    largest = smallest_that_holds(buckets, size)
+    return tuple(bucket for bucket in buckets if bucket <= largest)
+
+
+def _progression(smallest: int, largest: int, num_sizes: int) -> tuple[int, ...]:
+    """Return up to `num_sizes` sizes in geometric progression, each at least twice the last."""
     growth = max(largest / smallest, 1.0)
-    steps = min(int(math.log2(growth)), NUM_SIZES - 1)
+    steps = min(int(math.log2(growth)), num_sizes - 1)
     sizes = (math.ceil(smallest * growth ** (step / steps)) for step in range(steps))
     return (*sizes, largest)

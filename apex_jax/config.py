@@ -6,6 +6,7 @@ nothing changes them from then on. Imports no jax.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -18,6 +19,7 @@ STRATEGIES = (
     "staggered",
     "passes",
 )
+HOST_ISAS = ("avx512", "avx2", "neon", "portable")
 ROPE_SCALINGS = ("default", "linear", "llama3")
 
 
@@ -121,6 +123,8 @@ class SchedulerConfig:
     max_prefill_tokens: prompt tokens per sweep; long prompts are cut into chunks of this size.
     max_model_len: prompt plus output tokens a request may reach; None is the model's own limit, or
         what the KV cache holds where that is less.
+    watchdog_sec: how long nothing may move before the job is failed; a sweep takes seconds at the
+        worst, a first use of a GPU library some more.
     """
 
     strategy: str = "device_only"
@@ -130,6 +134,11 @@ class SchedulerConfig:
     max_host_requests: int = 128
     max_prefill_tokens: int = 512
     max_model_len: int | None = None
+    watchdog_sec: float = 300.0
+
+    @property
+    def has_host_lane(self) -> bool:
+        return self.strategy != "device_only"
 
 
 @dataclass
@@ -199,6 +208,22 @@ def _require(ok: bool, flag: str, value: object, right: str) -> None:
         raise ConfigError(f"--config.{flag} is {value!r}; it must be {right}")
 
 
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """Return the CPUs of a list such as "2,4-7", in its order; ValueError says what is wrong."""
+    cpus: list[int] = []
+    for part in text.split(",") if text.strip() else ():
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"{part!r} is neither a CPU nor a range of them")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{part!r} ends before it begins")
+        cpus += range(first, last + 1)
+    if len(set(cpus)) < len(cpus):
+        raise ValueError("it names a CPU twice")
+    return tuple(cpus)
+
+
 def validate(config: Config) -> None:
     """Raise ConfigError at the first setting out of its range.
 
@@ -210,6 +235,8 @@ def validate(config: Config) -> None:
     _require(
         device_bytes is None or device_bytes > 0, "cache.device_bytes", device_bytes, "positive"
     )
+    host_bytes = cache.host_bytes
+    _require(host_bytes is None or host_bytes > 0, "cache.host_bytes", host_bytes, "positive")
     _require(0 < fraction <= 1, "cache.device_fraction", fraction, "above 0 and at most 1")
     _require(
         page_size in (8, 16, 32, 64, 128), "cache.page_size", page_size, "8, 16, 32, 64 or 128"
@@ -222,6 +249,14 @@ def validate(config: Config) -> None:
     )
     requests, prefill = scheduler.max_requests, scheduler.max_prefill_tokens
     _require(1 <= requests <= 4096, "scheduler.max_requests", requests, "1 to 4096")
+    host_requests, cohorts, passes = (
+        scheduler.max_host_requests,
+        scheduler.cohorts,
+        scheduler.passes,
+    )
+    _require(1 <= host_requests <= 4096, "scheduler.max_host_requests", host_requests, "1 to 4096")
+    _require(cohorts >= 1, "scheduler.cohorts", cohorts, "at least 1")
+    _require(passes >= 1, "scheduler.passes", passes, "at least 1")
     _require(
         prefill >= 16 and prefill & (prefill - 1) == 0,
         "scheduler.max_prefill_tokens",
@@ -230,10 +265,30 @@ def validate(config: Config) -> None:
     )
     limit = scheduler.max_model_len
     _require(limit is None or limit > 1, "scheduler.max_model_len", limit, "at least 2")
+    watchdog_sec = scheduler.watchdog_sec
+    _require(watchdog_sec > 0, "scheduler.watchdog_sec", watchdog_sec, "above 0")
     platform = config.device.platform
     _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
+    _validate_host(config.host)
     span = config.compile.layers_per_program
     _require(span is None or span > 0, "compile.layers_per_program", span, "positive")
+
+
+def _validate_host(host: HostConfig) -> None:
+    threads, node = host.threads, host.numa_node
+    _require(threads is None or 1 <= threads <= 1024, "host.threads", threads, "1 to 1024")
+    try:
+        parse_cpus(host.cpus)
+    except ValueError as error:
+        raise ConfigError(
+            f"--config.host.cpus is {host.cpus!r}: {error}; it must be a list such as 2,4-7"
+        ) from None
+    _require(node is None or node >= 0, "host.numa_node", node, "at least 0")
+    _require(
+        node is None or not host.cpus, "host.numa_node", node, "left out where host.cpus is given"
+    )
+    isas = "empty or one of " + ", ".join(HOST_ISAS)
+    _require(not host.isa or host.isa in HOST_ISAS, "host.isa", host.isa, isas)
 
 
 def _validate_model(model: ModelConfig) -> None:

@@ -12,6 +12,7 @@ samples. Between two points lies the host's attention of one layer. Imports no j
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import numpy as np
 from jaxtyping import Int32
@@ -74,10 +75,20 @@ class DispatchStats:
     num_extra_passes: int = 0
     num_joint_heads: int = 0
     num_head_passes: int = 0
-    num_late: int = 0  # a cohort stood at the device's boundary and its attention was not ready
+    num_late: int = 0  # the device met a cohort that had a whole sweep's time and was not ready
     num_host_jobs: int = 0
     num_device_stages: int = 0
     num_moves: Counter[Direction] = field(default_factory=Counter)
+
+
+class _Place(Enum):
+    """Where rows stand: before a layer, inside it (with queries), or behind the attention of the
+    one before.
+    """
+
+    BEFORE = auto()
+    INSIDE = auto()
+    BEHIND = auto()
 
 
 @dataclass
@@ -87,7 +98,8 @@ class _Cohort:
     batch: CohortBatch
     point: int = 0
     handle: Handle | None = None
-    num_passes: int = 0  # points passed in this sweep
+    num_passes: int = 0  # in this sweep, entering layer 0 included
+    num_extra_passes: int = 0  # since the device's rows last were where it stood
 
 
 @dataclass
@@ -161,18 +173,19 @@ class Dispatch:
         self._carry_moves(sweep)
         self._enter()
         if plan.prefill is not None:
-            x = self._through_programs(plan.prefill)
-            if plan.prefill_head is not None:
-                sweep.heads += self._enqueue(Head((plan.prefill_head,)), x)
+            self._prefill(plan.prefill, plan.prefill_head, sweep)
         if plan.host_prefill is not None:
             self._prefill_for_host(plan.host_prefill, sweep)
         if plan.decode is not None:
             assert plan.decode_head is not None
             self._decode(plan.decode, plan.decode_head, sweep)
         elif self._cohorts:
-            self._advance_alone(sweep)
-        elif self._last is None and self._transit:
-            self._wait([handle for _, handle in self._transit])
+            is_prefilling = plan.prefill is not None or plan.host_prefill is not None
+            self._advance_alone(sweep, [self._last] if is_prefilling and self._last else [])
+        elif self._last is None:
+            self._forget_arrived()
+            if self._transit:
+                self._wait([handle for _, handle in self._transit])
         return SweepHandle(
             plan.sweep_id,
             self._last,
@@ -215,68 +228,84 @@ class Dispatch:
 
     # Device rows
 
-    def _through_programs(self, batch: DecodeBatch | PrefillBatch) -> Handle:
+    def _prefill(self, batch: PrefillBatch, head: HeadBatch | None, sweep: _Sweep) -> None:
         (x,) = self._enqueue(Embed(batch))
         for first_layer in range(0, self._num_layers, self._span):
             (x,) = self._enqueue(Layers(batch, first_layer), x)
-        return x
+        if head is not None:
+            sweep.heads += self._enqueue(Head((head,)), x)
 
     def _decode(self, batch: DecodeBatch, head: HeadBatch, sweep: _Sweep) -> None:
         """Carry the device rows through all layers; cohorts join or pass at decision points."""
-        if not self._is_anyone_under_way:
-            sweep.heads += self._enqueue(Head((head,)), self._through_programs(batch))
-            return
         (x,) = self._enqueue(Embed(batch))
-        layer, is_inside = 0, False  # inside: behind PreAttention or Boundary of `layer`
-        while True:
-            stop = self._next_decision(layer)
-            while not is_inside and layer + self._span < stop:
-                (x,) = self._enqueue(Layers(batch, layer), x)
-                layer += self._span
-            if not is_inside:
-                (x,) = self._enqueue(PreAttention(layer), x)
-            (x,) = self._enqueue(DeviceAttention(batch, layer), x)
-            while layer + 1 < stop:
-                layer += 1
-                (x,) = self._enqueue(Boundary(layer), x)
-                (x,) = self._enqueue(DeviceAttention(batch, layer), x)
+        layer, place, merging = 0, _Place.BEFORE, list[_Cohort]()
+        while (stop := self._next_decision(layer)) is not None:
+            x = self._carry(batch, x, layer, place, stop)
+            layer, place = stop, _Place.BEHIND
             merging = self._decide(stop, sweep)
-            if stop == self._num_layers:
-                break
-            layer, is_inside = stop, True
-            if merging:
+            if merging and stop < self._num_layers:
                 [cohort] = merging
                 assert cohort.handle is not None
                 x, entered = self._enqueue(Boundary(layer), x, cohort.handle)
+                place, merging = _Place.INSIDE, []
                 self.stats.num_merges += 1
+                cohort.num_extra_passes = 0
                 self._attend_on_host(cohort, entered)
-            elif layer + self._span < self._next_decision(layer):
-                (x,) = self._enqueue(PostAttention(layer - 1), x)
-                is_inside = False
-            else:
-                (x,) = self._enqueue(Boundary(layer), x)
-        (x,) = self._enqueue(PostAttention(self._num_layers - 1), x)
+        x = self._carry(batch, x, layer, place, None)
         self._sample(sweep, merging, (head, x))
 
-    def _next_decision(self, layer: int) -> int:
+    def _carry(
+        self, batch: DecodeBatch, x: Handle, layer: int, place: _Place, stop: int | None
+    ) -> Handle:
+        """Bring device rows behind the attention of layer stop - 1, or (None) through all layers.
+
+        By whole programs of layers as far as they reach.
+        """
+        end = self._num_layers if stop is None else stop
+        # A program of layers ends outside a layer, and a stop lies inside one.
+        reach = self._span + (stop is not None)
+        while True:
+            left = end - layer
+            if place is _Place.INSIDE:
+                (x,) = self._enqueue(DeviceAttention(batch, layer), x)
+                layer, place = layer + 1, _Place.BEHIND
+            elif place is _Place.BEHIND:
+                if left == 0 and stop is not None:
+                    return x
+                if left == 0 or left >= reach:
+                    (x,) = self._enqueue(PostAttention(layer - 1), x)
+                    place = _Place.BEFORE
+                else:
+                    (x,) = self._enqueue(Boundary(layer), x)
+                    place = _Place.INSIDE
+            elif left == 0:
+                return x
+            elif left >= reach:
+                (x,) = self._enqueue(Layers(batch, layer), x)
+                layer += self._span
+            else:
+                (x,) = self._enqueue(PreAttention(layer), x)
+                place = _Place.INSIDE
+
+    def _next_decision(self, layer: int) -> int | None:
         """Return the next boundary behind `layer` at which a cohort may do something."""
-        points = [one.point for one in self._cohorts.values() if one.handle is not None]
-        if points and self._policy.every_boundary:
+        points = [one.point for one in self._cohorts.values() if self._may_pass(one)]
+        if points and self._policy.passes != 1 and layer < self._num_layers:
             return layer + 1
-        return min((point for point in points if point > layer), default=self._num_layers)
+        return min((point for point in points if point > layer), default=None)
+
+    def _may_pass(self, cohort: _Cohort) -> bool:
+        passes = self._policy.passes
+        return cohort.handle is not None and (passes != 1 or cohort.num_passes == 0)
 
     # Cohorts
-
-    @property
-    def _is_anyone_under_way(self) -> bool:
-        return any(one.handle is not None for one in self._cohorts.values())
 
     def _decide(self, boundary: int, sweep: _Sweep) -> list[_Cohort]:
         """Ask the policy about each cohort; give extra passes, return who merges."""
         self._carry_moves(sweep)
         merging: list[_Cohort] = []
         for cohort in list(self._cohorts.values()):
-            if cohort.handle is None:
+            if not self._may_pass(cohort):
                 continue
             # A boundary is shared by two groups at most, a head by any number.
             can_merge = cohort.point == boundary and (not merging or boundary == self._num_layers)
@@ -286,7 +315,8 @@ class Dispatch:
             elif action is Action.EXTRA_PASS:
                 self._pass_alone(cohort, sweep)
             elif can_merge:
-                self.stats.num_late += 1
+                cohort.num_extra_passes = 0
+                self.stats.num_late += cohort.num_passes == 0
         return merging
 
     def _ask(self, boundary: int, cohort: _Cohort, *, can_merge: bool) -> Action:
@@ -297,7 +327,7 @@ class Dispatch:
                 cohort_id=cohort.batch.cohort_id,
                 point=cohort.point,
                 num_layers=self._num_layers,
-                num_passes=cohort.num_passes,
+                num_extra_passes=cohort.num_extra_passes,
                 can_merge=can_merge,
                 is_ready=self._is_ready(cohort.handle),
                 queue_depth=self._queue_depth(),
@@ -325,6 +355,7 @@ class Dispatch:
             self._sample(sweep, [cohort], None)
             return
         (entered,) = self._enqueue(Boundary(cohort.point), cohort.handle)
+        cohort.num_extra_passes += 1
         self.stats.num_extra_passes += 1
         self._attend_on_host(cohort, entered)
 
@@ -356,12 +387,11 @@ class Dispatch:
         ids = [cohort.batch.cohort_id for cohort in cohorts]
         sweep.sampled += zip(ids, heads[len(heads) - len(ids) :], strict=True)
 
-    def _advance_alone(self, sweep: _Sweep) -> None:
+    def _advance_alone(self, sweep: _Sweep, prefilled: Sequence[Handle]) -> None:
         """Without device rows: pass whichever cohort is ready until one of them has sampled.
 
-        Ends sooner where the device has finished this sweep's prefill and wants the next.
+        Ends sooner where the device has `prefilled` what this sweep had to, and wants the next.
         """
-        prefilled = [] if self._last is None else [self._last]
         while not sweep.sampled:
             self._enter()
             under_way = [one for one in self._cohorts.values() if one.handle is not None]
@@ -407,11 +437,14 @@ class Dispatch:
         self._transit.append((len(host_pages_i), written))
 
     def _has_transit_room(self, num_pages: int) -> bool:
-        """Whether so many pages of a layer may set out; what has arrived is forgotten."""
-        while self._transit and self._is_ready(self._transit[0][1]):
-            self._transit.popleft()
+        """Whether so many pages of a layer may set out."""
+        self._forget_arrived()
         num_under_way = sum(count for count, _ in self._transit)
         return not self._transit or num_under_way + num_pages <= self._max_transit_pages
+
+    def _forget_arrived(self) -> None:
+        while self._transit and self._is_ready(self._transit[0][1]):
+            self._transit.popleft()
 
     def _carry_moves(self, sweep: _Sweep) -> None:
         """Take moves as far as they can go without waiting."""

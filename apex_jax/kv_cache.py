@@ -1,7 +1,8 @@
 """Storage of the device's KV pages.
 
 Owns the arrays: one pair of pools per layer, so that a program over a few layers takes just theirs,
-donated and updated in place. Accounting of pages is elsewhere (pages.py).
+donated and updated in place; with a host lane one more pair, the staging plane, where prompts bound
+for the host are prefilled layer by layer. Accounting of pages is elsewhere (pages.py).
 """
 
 from typing import Any, NamedTuple
@@ -33,10 +34,18 @@ def abstract_layer_pages(
 def allocate(
     model: LlamaConfig, num_pages: int, page_size: int, dtype: np.dtype, device: jax.Device
 ) -> list[LayerPages]:
-    """Return zeroed pools for every layer (zeroed, because fresh memory may hold NaN)."""
+    """Return zeroed pools for every layer."""
+    shape = (model, num_pages, page_size, dtype, device)
+    return [allocate_layer(*shape) for _ in range(model.num_layers)]
+
+
+def allocate_layer(
+    model: LlamaConfig, num_pages: int, page_size: int, dtype: np.dtype, device: jax.Device
+) -> LayerPages:
+    """Return zeroed pools for one layer (zeroed, because fresh memory may hold NaN)."""
     abstract = abstract_layer_pages(model, num_pages, page_size, dtype)
     zeros = lambda like: jnp.zeros(like.shape, like.dtype, device=device)  # noqa: E731
-    return [jax.tree.map(zeros, abstract) for _ in range(model.num_layers)]
+    return jax.tree.map(zeros, abstract)
 
 
 def page_bytes(model: LlamaConfig, page_size: int, dtype: np.dtype) -> int:

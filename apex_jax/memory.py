@@ -1,9 +1,10 @@
-"""How many KV pages the device gets.
+"""How many KV pages device and host get.
 
 Owns the arithmetic from bytes to pages and the reading of free memory. Refuses budgets that cannot
 hold the weights or a single page, naming the flag. Called by the engine before anything is loaded.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from apex_jax.pages import num_pages_for
 GIB = 2**30
 GATHERED_COPIES = 2  # of a layer's pages in a decode program: as read, and as XLA lays them out
 MAX_AUTOMATIC_CPU_BYTES = 4 * GIB  # a CPU's memory is everybody's: more must be asked for
+HOST_HEAD_DIM_MULTIPLE = 8  # cpu_ops/layout.h
+MAX_HOST_FRACTION = 0.9  # of free memory: the process itself and the system go on needing some
+# Of a layer, on their way between the lanes at once (one longer request goes alone): enough to
+# overlap copies with compute, and 16 to 64 MiB for 7B and 8B models.
+MAX_TRANSIT_PAGES = 256
 _SIGNIFICANT_BITS = (
     4  # of an automatic page count: compiled programs depend on it, free memory wavers
 )
@@ -25,10 +31,13 @@ _SIGNIFICANT_BITS = (
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device, and the limits that follow from them.
+    """Bytes on device and host, and the limits that follow from them.
 
-    scratch_bytes: the estimate of what programs need beside weights and pages. free_bytes: what the
-    device had before anything was loaded, None where nothing says.
+    scratch_bytes: the estimate of what programs need beside weights and pages. lane_bytes: what a
+    host lane takes on the device. free_bytes: what the device had before anything was loaded, None
+    where nothing says. num_host_pages, num_staging_pages: 0 without a host lane; the staging plane
+    holds one layer of the longest request that the host can hold. is_shared: device and host are
+    one memory, because a CPU stands in for the accelerator.
     """
 
     weight_bytes: int
@@ -36,7 +45,11 @@ class MemoryPlan:
     num_pages: int
     page_size: int
     scratch_bytes: int
+    lane_bytes: int
     free_bytes: int | None
+    num_host_pages: int
+    num_staging_pages: int
+    is_shared: bool
     max_model_len: int
 
     @property
@@ -47,15 +60,23 @@ class MemoryPlan:
     def pool_tokens(self) -> int:
         return self.num_pages * self.page_size
 
+    @property
+    def host_pool_bytes(self) -> int:
+        return self.num_host_pages * self.page_bytes
+
+    @property
+    def host_pool_tokens(self) -> int:
+        return self.num_host_pages * self.page_size
+
 
 def plan_memory(
     config: Config, model: LlamaConfig, dtype: np.dtype, device: jax.Device
 ) -> MemoryPlan:
-    """Divide the device's memory; ConfigError where the settings cannot be honoured."""
-    itemsize = dtype.itemsize
-    weight_bytes = model.num_parameters * itemsize
-    bytes_of_page = page_bytes(model, config.cache.page_size, dtype)
-    scratch_bytes = _scratch_bytes(config, model, itemsize)
+    """Divide the memory of device and host; ConfigError where the settings cannot be honoured."""
+    cache, is_shared = config.cache, device.platform == "cpu"
+    weight_bytes = model.num_parameters * dtype.itemsize
+    bytes_of_page = page_bytes(model, cache.page_size, dtype)
+    scratch_bytes = _scratch_bytes(config, model, dtype.itemsize)
     free_bytes = free_device_bytes(device)
     if free_bytes is not None and weight_bytes > free_bytes:
         raise ConfigError(
@@ -69,46 +90,152 @@ def plan_memory(
             f"--config.scheduler.max_model_len is {max_len}; the model was made for at most "
             f"{model.max_position_embeddings} (max_position_embeddings in its config.json)"
         )
-    most_pages = config.scheduler.max_requests * num_pages_for(max_len, config.cache.page_size)
-    if config.cache.device_bytes is not None:
-        num_pages = min(config.cache.device_bytes // bytes_of_page, most_pages)
-        _check_device_bytes(config.cache.device_bytes, bytes_of_page, free_bytes, weight_bytes)
+    longest_pages = num_pages_for(max_len, cache.page_size)
+    # A decode program gathers all pages in use of one layer, beside the pool.
+    bytes_with_gather = bytes_of_page * (1 + GATHERED_COPIES / model.num_layers)
+
+    if config.scheduler.has_host_lane and model.head_dim % HOST_HEAD_DIM_MULTIPLE:
+        raise ConfigError(
+            f"--config.scheduler.strategy is {config.scheduler.strategy!r}; the host's attention "
+            f"takes heads of multiples of {HOST_HEAD_DIM_MULTIPLE}, and this model's have "
+            f"{model.head_dim} dimensions: use device_only"
+        )
+
+    # What the host may take; where it shares the memory of the device, beside what that needs.
+    num_host_pages = num_staging_pages = lane_bytes = 0
+    free_host = free_host_bytes() if config.scheduler.has_host_lane else None
+    own_bytes = weight_bytes + scratch_bytes if is_shared else 0
+    if config.scheduler.has_host_lane:
+        num_host_pages = _host_pages(config, bytes_of_page, longest_pages, free_host, own_bytes)
+        num_staging_pages = min(longest_pages, num_host_pages)
+        lane_bytes = host_lane_bytes(
+            model,
+            dtype,
+            page_size=cache.page_size,
+            num_staging_pages=num_staging_pages,
+            max_prefill_tokens=config.scheduler.max_prefill_tokens,
+        )
+
+    most_pages = config.scheduler.max_requests * longest_pages
+    if cache.device_bytes is not None:
+        num_pages = min(cache.device_bytes // bytes_of_page, most_pages)
+        _check_device_bytes(cache.device_bytes, bytes_of_page, free_bytes, weight_bytes, lane_bytes)
     else:
         if free_bytes is None:
             raise ConfigError(
                 f"{device.device_kind} does not say how much of its memory is free; size the KV "
                 "cache with --config.cache.device_bytes"
             )
-        left_bytes = (free_bytes - weight_bytes - scratch_bytes) * config.cache.device_fraction
-        if device.platform == "cpu":
+        taken_bytes = weight_bytes + scratch_bytes + lane_bytes
+        if is_shared and cache.host_bytes is not None:
+            taken_bytes += math.ceil(num_host_pages * bytes_of_page / MAX_HOST_FRACTION)
+        left_bytes = (free_bytes - taken_bytes) * cache.device_fraction
+        if is_shared:
             left_bytes = min(left_bytes, MAX_AUTOMATIC_CPU_BYTES)
-        # A decode program gathers all pages in use of one layer, beside the pool.
-        num_pages = int(left_bytes / (bytes_of_page * (1 + GATHERED_COPIES / model.num_layers)))
-        num_pages = min(_round_down(num_pages), most_pages)
+        num_pages = min(_round_down(int(left_bytes / bytes_with_gather)), most_pages)
         if num_pages < 1:
             raise ConfigError(
                 f"no memory is left for the KV cache: {free_bytes / GIB:.2f} GiB are free, the "
                 f"weights take {weight_bytes / GIB:.2f} and scratch about "
-                f"{scratch_bytes / GIB:.2f} GiB; use a smaller model, fewer "
+                f"{(taken_bytes - weight_bytes) / GIB:.2f} GiB; use a smaller model, fewer "
                 "--config.scheduler.max_requests, or size the cache yourself with "
                 "--config.cache.device_bytes"
             )
-    pool_tokens = num_pages * config.cache.page_size
-    if config.scheduler.max_model_len is not None and max_len > pool_tokens:
-        raise ConfigError(
-            f"--config.scheduler.max_model_len is {max_len}; the KV cache holds {pool_tokens} "
-            f"tokens in all ({num_pages} pages), so it must be at most that, or the cache larger "
-            "(--config.cache.device_bytes)"
-        )
-    return MemoryPlan(
+    if config.scheduler.has_host_lane and is_shared:
+        own_bytes += lane_bytes + int(num_pages * bytes_with_gather)
+        num_host_pages = _host_pages(config, bytes_of_page, longest_pages, free_host, own_bytes)
+        num_staging_pages = min(num_staging_pages, num_host_pages)
+    plan = MemoryPlan(
         weight_bytes=weight_bytes,
         page_bytes=bytes_of_page,
         num_pages=num_pages,
-        page_size=config.cache.page_size,
+        page_size=cache.page_size,
         scratch_bytes=scratch_bytes,
+        lane_bytes=lane_bytes,
         free_bytes=free_bytes,
-        max_model_len=min(max_len, pool_tokens),
+        num_host_pages=num_host_pages,
+        num_staging_pages=num_staging_pages,
+        is_shared=is_shared,
+        max_model_len=min(max_len, max(num_pages, num_host_pages) * cache.page_size),
     )
+    if config.scheduler.max_model_len is not None and max_len > plan.max_model_len:
+        host = f", the host's {plan.host_pool_tokens}" if num_host_pages else ""
+        larger = "--config.cache.device_bytes" + (" or host_bytes" if num_host_pages else "")
+        raise ConfigError(
+            f"--config.scheduler.max_model_len is {max_len}; the KV cache holds "
+            f"{plan.pool_tokens} tokens in all ({num_pages} pages){host}, so it must be at most "
+            f"that, or the cache larger ({larger})"
+        )
+    return plan
+
+
+def host_lane_bytes(
+    model: LlamaConfig,
+    dtype: np.dtype,
+    *,
+    page_size: int,
+    num_staging_pages: int,
+    max_prefill_tokens: int,
+) -> int:
+    """Return what a host lane takes on the device beside the pool.
+
+    The staging plane; the pages in transit between the lanes, which are copies; and the hidden
+    states of the prompts that prefill for the host, which fill the staging plane or one chunk, with
+    those of the chunk that is being computed.
+    """
+    layer_page_bytes = page_bytes(model, page_size, dtype) // model.num_layers
+    transit_pages = max(MAX_TRANSIT_PAGES, num_staging_pages)
+    hidden_tokens = max(num_staging_pages * page_size, max_prefill_tokens) + max_prefill_tokens
+    hidden_bytes = hidden_tokens * model.d_model * dtype.itemsize
+    return (num_staging_pages + transit_pages) * layer_page_bytes + hidden_bytes
+
+
+def _host_pages(
+    config: Config,
+    bytes_of_page: int,
+    longest_pages: int,
+    free_bytes: int | None,
+    own_bytes: int,
+) -> int:
+    """Return the pages of the host's pool; ConfigError where they do not fit.
+
+    free_bytes: on the host, None where nothing says. own_bytes: what the device's stand-in needs
+    of them.
+    """
+    host_bytes = config.cache.host_bytes
+    most_pages = config.scheduler.max_host_requests * longest_pages
+    if host_bytes is None and free_bytes is None:
+        raise ConfigError(
+            "the host does not say how much of its memory is free; size its KV cache with "
+            "--config.cache.host_bytes"
+        )
+    left_bytes = None if free_bytes is None else max(0, free_bytes - own_bytes)
+    if host_bytes is None:
+        assert left_bytes is not None
+        num_pages = min(_round_down(left_bytes // 2 // bytes_of_page), most_pages)
+        if num_pages < 1:
+            raise ConfigError(
+                f"no memory is left for the host's KV cache: {left_bytes} bytes are free, of which "
+                f"it takes half, and one page takes {bytes_of_page}; free some, use "
+                "--config.scheduler.strategy=device_only, or size it yourself with "
+                "--config.cache.host_bytes"
+            )
+        return num_pages
+    if host_bytes < bytes_of_page:
+        raise ConfigError(
+            f"--config.cache.host_bytes is {host_bytes}; one page takes {bytes_of_page} bytes, so "
+            "it must be at least that"
+        )
+    num_pages = min(host_bytes // bytes_of_page, most_pages)
+    if left_bytes is not None and num_pages * bytes_of_page > left_bytes * MAX_HOST_FRACTION:
+        right_bytes = int(left_bytes * MAX_HOST_FRACTION) // bytes_of_page * bytes_of_page
+        beside = f" beside the {own_bytes} that the device's stand-in needs" if own_bytes else ""
+        raise ConfigError(
+            f"--config.cache.host_bytes is {host_bytes}; {left_bytes} bytes are free on the "
+            f"host{beside} (its control group's limit counts), and {MAX_HOST_FRACTION:.0%} of them "
+            f"may be taken, so it must be at most {right_bytes}"
+        )
+    return num_pages
 
 
 def free_device_bytes(device: jax.Device) -> int | None:
@@ -166,10 +293,13 @@ def _scratch_bytes(config: Config, model: LlamaConfig, itemsize: int) -> int:
 
 def check_programs(plan: MemoryPlan, temp_bytes: int) -> None:
     """Raise ConfigError where the compiled programs' scratch memory does not fit as well."""
-    needed_bytes = plan.weight_bytes + plan.pool_bytes + temp_bytes
+    cache_bytes = plan.pool_bytes + plan.lane_bytes
+    if plan.is_shared:
+        cache_bytes += plan.host_pool_bytes
+    needed_bytes = plan.weight_bytes + cache_bytes + temp_bytes
     if plan.free_bytes is not None and needed_bytes > plan.free_bytes:
         raise ConfigError(
-            f"weights ({plan.weight_bytes / GIB:.2f} GiB), KV cache ({plan.pool_bytes / GIB:.2f}) "
+            f"weights ({plan.weight_bytes / GIB:.2f} GiB), KV cache ({cache_bytes / GIB:.2f}) "
             f"and the programs' scratch memory ({temp_bytes / GIB:.2f}) need "
             f"{needed_bytes / GIB:.2f} GiB, and {plan.free_bytes / GIB:.2f} are free; lower "
             "--config.cache.device_bytes or --config.scheduler.max_requests"
@@ -177,17 +307,23 @@ def check_programs(plan: MemoryPlan, temp_bytes: int) -> None:
 
 
 def _check_device_bytes(
-    device_bytes: int, bytes_of_page: int, free_bytes: int | None, weight_bytes: int
+    device_bytes: int,
+    bytes_of_page: int,
+    free_bytes: int | None,
+    weight_bytes: int,
+    lane_bytes: int,
 ) -> None:
     if device_bytes < bytes_of_page:
         raise ConfigError(
             f"--config.cache.device_bytes is {device_bytes}; one page takes {bytes_of_page} bytes, "
             "so it must be at least that"
         )
-    if free_bytes is not None and device_bytes > free_bytes - weight_bytes:
+    if free_bytes is not None and device_bytes > free_bytes - weight_bytes - lane_bytes:
+        others = "the weights" + (" and what the host lane needs" if lane_bytes else "")
         raise ConfigError(
-            f"--config.cache.device_bytes is {device_bytes}; after the weights "
-            f"{free_bytes - weight_bytes} bytes are free on the device, so it must be at most that"
+            f"--config.cache.device_bytes is {device_bytes}; after {others} "
+            f"{max(0, free_bytes - weight_bytes - lane_bytes)} bytes are free on the device, so it "
+            "must be at most that"
         )
 
 

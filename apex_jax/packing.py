@@ -5,6 +5,9 @@ transfer costs tens of microseconds whatever its size, so each batch travels as 
 rows carry slots and page ids past the end, which scatters drop.
 """
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,12 +23,13 @@ from apex_jax.sampling import SamplingRows
 class DecodeArrays(NamedTuple):
     """A decode batch on the device.
 
-    rows_b4: slot, position, page and slot in it of each row's new KV. blocks_ci: row, used tokens,
-    pages of each block.
+    rows_b4: slot, position, page and slot in it of each row's new KV (in its own lane's pool).
+    blocks_ci: row, used tokens, pages of each block; None until the device is to attend, which for
+    a cohort of the host lane is never.
     """
 
     rows_b4: Int32[Array, "b 4"]
-    blocks_ci: Int32[Array, "c i"]
+    blocks_ci: Int32[Array, "c i"] | None = None
 
 
 class PrefillArrays(NamedTuple):
@@ -43,19 +47,24 @@ def num_blocks(batch: DecodeBatch, block_tokens: int) -> int:
     return int((batch.positions_b // block_tokens + 1).sum())
 
 
-def pack_decode(
-    batch: DecodeBatch, *, rows: int, blocks: int, page_size: int
-) -> tuple[Int32[np.ndarray, "b 4"], Int32[np.ndarray, "c i"]]:
-    """Return the fields of DecodeArrays, padded to `rows` rows and `blocks` blocks."""
-    b, m = batch.block_table_bm.shape
-    block_tokens = page_size * PAGES_PER_BLOCK
+def pack_rows(batch: DecodeBatch, *, rows: int, page_size: int) -> Int32[np.ndarray, "b 4"]:
+    """Return DecodeArrays.rows_b4, padded to `rows` rows."""
+    b = len(batch.slots_b)
     rows_b4 = np.full((rows, 4), np.iinfo(np.int32).max, np.int32)
     rows_b4[b:, 1] = 0
     rows_b4[:b, 0] = batch.slots_b
     rows_b4[:b, 1] = batch.positions_b
     rows_b4[:b, 2] = batch.block_table_bm[np.arange(b), batch.positions_b // page_size]
     rows_b4[:b, 3] = batch.positions_b % page_size
+    return rows_b4
 
+
+def pack_blocks(
+    batch: DecodeBatch, *, rows: int, blocks: int, page_size: int
+) -> Int32[np.ndarray, "c i"]:
+    """Return DecodeArrays.blocks_ci, padded to `blocks` blocks; padding belongs to row `rows`."""
+    b, m = batch.block_table_bm.shape
+    block_tokens = page_size * PAGES_PER_BLOCK
     lengths_b = batch.positions_b + 1
     blocks_b = -(-lengths_b // block_tokens)
     row_c = np.repeat(np.arange(b), blocks_b)
@@ -69,7 +78,7 @@ def pack_decode(
     blocks_ci[: len(row_c), 0] = row_c
     blocks_ci[: len(row_c), 1] = used_c
     blocks_ci[: len(row_c), 2:] = table_bm.reshape(b, -1, PAGES_PER_BLOCK)[row_c, index_c]
-    return rows_b4, blocks_ci
+    return blocks_ci
 
 
 def pack_prefill(
@@ -114,6 +123,30 @@ def pack_head(batch: HeadBatch, *, rows: int) -> Int32[np.ndarray, "b 8"]:
     )
     packed_b8[batch.rows_b] = np.stack(columns, axis=1)
     return packed_b8
+
+
+def join_heads(batches: Sequence[HeadBatch]) -> tuple[HeadBatch, tuple[int, ...], int]:
+    """Return several groups' heads as one, the row at which each group begins, and their number.
+
+    Of a group only the rows up to the last that is sampled have a place: the rest may be
+    overwritten by the next group.
+    """
+    num_rows = [int(batch.rows_b.max(initial=-1)) + 1 for batch in batches]
+    *firsts, total = itertools.accumulate(num_rows, initial=0)
+    columns = {
+        field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
+        for field in dataclasses.fields(HeadBatch)
+    }
+    firsts_b = np.repeat(np.array(firsts, np.int32), [len(batch.rows_b) for batch in batches])
+    columns["rows_b"] = columns["rows_b"] + firsts_b
+    return HeadBatch(**columns), tuple(firsts), total
+
+
+def pack_page_ids(pages_i: Int32[np.ndarray, "i"], *, size: int) -> Int32[np.ndarray, "size"]:
+    """Return page ids padded to `size` with ids past the end, which scatters drop."""
+    page_ids = np.full(size, np.iinfo(np.int32).max, np.int32)
+    page_ids[: len(pages_i)] = pages_i
+    return page_ids
 
 
 def unpack_head(packed_b8: Int[Array, "b 8"]) -> tuple[Int[Array, "b"], SamplingRows]:

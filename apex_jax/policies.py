@@ -5,10 +5,10 @@ and no state of theirs: everything a decision rests on is its argument. `form` i
 scheduler, the rest by the dispatch loop. Imports no jax.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from apex_jax.config import SchedulerConfig
 from apex_jax.cost_model import StageTimes
@@ -32,15 +32,16 @@ class Action(Enum):
 class CohortView:
     """A cohort as a policy sees it.
 
-    point: what it is to pass next (dispatch.py says what points are). num_passes: points passed in
-    this sweep. can_merge: the device is at this very point and nobody has taken it. is_ready: its
-    attention is done. queue_depth: stages the device has left to end.
+    point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given
+    since the device's rows last were where it stood. can_merge: the device is at this very point
+    and nobody has taken it. is_ready: its attention is done. queue_depth: stages the device has
+    left to end.
     """
 
     cohort_id: int
     point: int
     num_layers: int
-    num_passes: int
+    num_extra_passes: int
     can_merge: bool
     is_ready: bool
     queue_depth: int
@@ -55,12 +56,14 @@ class DeviceLoad:
     num_prompt_tokens: int
 
 
+@runtime_checkable
 class Policy(Protocol):
     """One strategy.
 
     max_cohorts: with tokens under way at once; 0 for no host lane. uses_device_lane: whether any
-    KV lives on the device. every_boundary: whether a cohort may move where the device's rows are
-    elsewhere; if not, the loop runs ahead from one cohort's place to the next.
+    KV lives on the device. passes: points a cohort may pass per sweep, counted from the device's
+    coming by to the next; None for all. With 1 the loop runs ahead from one cohort's place to the
+    next.
     """
 
     @property
@@ -68,7 +71,7 @@ class Policy(Protocol):
     @property
     def uses_device_lane(self) -> bool: ...
     @property
-    def every_boundary(self) -> bool: ...
+    def passes(self) -> int | None: ...
 
     def form(
         self,
@@ -100,7 +103,7 @@ class DeviceOnly:
 
     max_cohorts: int = 0
     uses_device_lane: bool = True
-    every_boundary: bool = False
+    passes: int | None = 0
 
     def form(
         self,
@@ -123,19 +126,14 @@ class DeviceOnly:
 class Merging:
     """Asynchronous overlap: cohorts advance in the device's own boundaries; it never waits for one.
 
-    One cohort is APEX as published. passes: layers that a cohort may advance per sweep; those
-    beyond the merge are extra passes. is_spread: whether cohorts keep apart, so that they take
-    their turns on the host evenly.
+    One cohort is APEX as published. passes: all beyond the one that merges are extra passes.
+    is_spread: whether cohorts keep apart, so that they take their turns on the host evenly.
     """
 
     max_cohorts: int = 1
-    passes: int = 1
+    passes: int | None = 1
     is_spread: bool = False
     uses_device_lane: bool = True
-
-    @property
-    def every_boundary(self) -> bool:
-        return self.passes > 1
 
     def form(
         self,
@@ -153,11 +151,11 @@ class Merging:
         return all(point >= spacing for point in points)
 
     def at_boundary(self, boundary: int, cohort: CohortView) -> Action:
-        if cohort.num_passes >= self.passes:
-            return Action.SKIP
-        waits_for_head = cohort.point == cohort.num_layers and not cohort.can_merge
-        if waits_for_head or not (cohort.can_merge or self.every_boundary):
-            return Action.SKIP
+        if not cohort.can_merge:
+            waits_for_head = cohort.point == cohort.num_layers
+            is_spent = self.passes is not None and cohort.num_extra_passes >= self.passes - 1
+            if waits_for_head or is_spent:
+                return Action.SKIP
         if not cohort.is_ready:
             return Action.WAIT if cohort.queue_depth > 1 else Action.SKIP
         return Action.MERGE if cohort.can_merge else Action.EXTRA_PASS
@@ -180,7 +178,7 @@ class AsymmetricPipelining:
     times: StageTimes
     max_cohorts: int = 2
     uses_device_lane: bool = True
-    every_boundary: bool = True
+    passes: int | None = None
 
     def form(
         self,
@@ -224,7 +222,7 @@ class AsymmetricPipelining:
     def _slack_sec(
         self, members: Mapping[int, Sequence[int]], lengths: Sequence[int], load: DeviceLoad
     ) -> dict[int, float]:
-        """Return, for each cohort, the device time that hides its attention, less that attention."""
+        """Return, for each cohort, the device time that hides its attention less that attention."""
         times = self.times
         num_device = load.num_rows + load.num_prompt_tokens
         host_sec = {
@@ -269,8 +267,20 @@ def split_evenly(
     return members
 
 
-def make_policy(config: SchedulerConfig, times: StageTimes | None = None) -> Policy:
-    """Return the policy of a strategy; `times` are needed where it predicts."""
+def cohort_rows(config: SchedulerConfig) -> int:
+    """Return the most rows that a cohort of the strategy may have."""
+    match config.strategy:
+        case "full_offload":
+            num_cohorts = 2
+        case "staggered" | "passes":
+            num_cohorts = config.cohorts
+        case _:
+            num_cohorts = 1  # or two of which one may have almost all
+    return -(-config.max_host_requests // num_cohorts)
+
+
+def make_policy(config: SchedulerConfig, measure: Callable[[], StageTimes]) -> Policy:
+    """Return the policy of a strategy; `measure` is called where it predicts."""
     match config.strategy:
         case "device_only":
             return DeviceOnly()
@@ -283,8 +293,6 @@ def make_policy(config: SchedulerConfig, times: StageTimes | None = None) -> Pol
         case "passes":
             return Merging(max_cohorts=config.cohorts, passes=config.passes)
         case "asymmetric_pipelining":
-            if times is None:
-                raise ValueError("asymmetric_pipelining predicts, and needs stage times")
-            return AsymmetricPipelining(times)
+            return AsymmetricPipelining(measure())
         case _:
             raise ValueError(f"strategy is {config.strategy!r}; config.py names those there are")

@@ -1,38 +1,22 @@
 """The executables: every stage compiled ahead of time for every bucket.
 
-Owns lowering, compiling in parallel, and the choice of the executable a batch runs in. Knows shapes
-only, so it can work before any weight is loaded. Called by the xla backend.
+Owns compiling in parallel and the executables; lowering.py says what there is to compile. Knows
+shapes only, so it can work before any weight is loaded. Called by the xla backend.
 """
 
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from apex_jax import kv_cache, stages
-from apex_jax.buckets import PAGES_PER_BLOCK, Buckets
+from apex_jax.buckets import Buckets
 from apex_jax.config import ConfigError, LlamaConfig
-from apex_jax.models import weights
-from apex_jax.packing import DecodeArrays, PrefillArrays
+from apex_jax.lowering import Lowering, ProgramKey
 
 MAX_LAYERS_PER_PROGRAM = 11  # compile time grows with it, dispatches per sweep shrink
-
-
-@dataclass(frozen=True)
-class ProgramKey:
-    """A stage and the bucket it is compiled for."""
-
-    stage: str
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{self.stage}[{'x'.join(map(str, self.shape))}]"
 
 
 class Programs:
@@ -58,10 +42,16 @@ class Programs:
         self.num_layers = num_layers
         self.compile_sec: dict[ProgramKey, float] = {}
         self._executables: dict[ProgramKey, Any] = {}
-        self._model, self._dtype = model, dtype
-        self._num_pages, self._num_slots = num_pages, num_slots
-        self._sharding = jax.sharding.SingleDeviceSharding(device)
-        self._precision = None if precision == "default" else precision
+        self._lowering = Lowering(
+            model,
+            dtype=dtype,
+            buckets=buckets,
+            num_pages=num_pages,
+            num_slots=num_slots,
+            num_layers=num_layers,
+            device=device,
+            precision=precision,
+        )
 
     def __getitem__(self, key: ProgramKey) -> Any:
         return self._executables[key]
@@ -100,79 +90,7 @@ class Programs:
 
     def _lower(self) -> Iterator[tuple[ProgramKey, jax.stages.Lowered]]:
         """Trace each stage for each bucket."""
-        model, buckets = self._model, self.buckets
-        abstract = weights.abstract(model, self._dtype)
-        layer_graph, norm_graph = weights.graphs(model, self._dtype)
-        layers = abstract.layers[: self.num_layers]
-        page_shapes = (model, self._num_pages, buckets.page_size, self._dtype)
-        pages = (kv_cache.abstract_layer_pages(*page_shapes),) * self.num_layers
-        tokens_by_slot = _ints(self._num_slots)
-        output_vd = abstract.embedding if abstract.output is None else abstract.output
-
-        embed_decode = jax.jit(stages.embed_decode)
-        embed_prefill = jax.jit(stages.embed_prefill)
-        layers_decode = jax.jit(partial(stages.layers_decode, layer_graph), donate_argnums=1)
-        layers_prefill = {
-            rows: jax.jit(
-                partial(stages.layers_prefill, layer_graph, buckets.head_rows(rows)),
-                donate_argnums=1,
-            )
-            for rows, _ in buckets.chunks
-        }
-        heads = {
-            is_greedy: jax.jit(
-                partial(stages.head, norm_graph, is_greedy=is_greedy), donate_argnums=2
-            )
-            for is_greedy in (True, False)
-        }
-
-        def lower(
-            stage: str, shape: tuple[int, ...], function: Any, *arguments: Any
-        ) -> tuple[ProgramKey, jax.stages.Lowered]:
-            placed = jax.tree.map(
-                lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=self._sharding),
-                arguments,
-            )
-            with jax.default_matmul_precision(self._precision):
-                return ProgramKey(stage, shape), function.lower(*placed)
-
-        for rows, tokens in buckets.chunks:
-            x_btd = jax.ShapeDtypeStruct((rows, tokens, model.d_model), self._dtype)
-            tokens_bt = _ints(rows, tokens)
-            yield lower(
-                "embed_prefill", (rows, tokens), embed_prefill, abstract.embedding, tokens_bt
-            )
-            for context in buckets.context_pages:
-                arrays = PrefillArrays(tokens_bt, _ints(rows, 2 + context))
-                shape = (rows, tokens, context)
-                yield lower(
-                    "layers_prefill", shape, layers_prefill[rows], layers, pages, x_btd, arrays
-                )
-        for rows in buckets.rows:
-            x_bd = jax.ShapeDtypeStruct((rows, model.d_model), self._dtype)
-            for blocks in buckets.num_blocks[rows]:
-                arrays = DecodeArrays(_ints(rows, 4), _ints(blocks, 2 + PAGES_PER_BLOCK))
-                shape = (rows, blocks)
-                yield lower("layers_decode", shape, layers_decode, layers, pages, x_bd, arrays)
-            yield lower(
-                "embed_decode",
-                (rows,),
-                embed_decode,
-                abstract.embedding,
-                tokens_by_slot,
-                _ints(rows, 4),
-            )
-            for is_greedy, function in heads.items():
-                yield lower(
-                    "head_greedy" if is_greedy else "head_sample",
-                    (rows,),
-                    function,
-                    abstract.norm,
-                    output_vd,
-                    tokens_by_slot,
-                    x_bd,
-                    _ints(rows, 8),
-                )
+        return self._lowering.all_stages()
 
 
 def span_of_layers(num_layers: int, requested: int | None) -> int:
@@ -186,7 +104,3 @@ def span_of_layers(num_layers: int, requested: int | None) -> int:
             f"{num_layers} layers"
         )
     return requested
-
-
-def _ints(*shape: int) -> Any:  # it stands where arrays are annotated
-    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -4,9 +4,16 @@ Owns the derived facts of one sequence; the scheduler changes it. Imports no jax
 """
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
-from apex_jax.lanes import Lane
 from apex_jax.request import FinishReason, Request, RequestOutput
+
+
+class Lane(StrEnum):
+    """Where a sequence's KV and decode attention live."""
+
+    DEVICE = "device"
+    HOST = "host"
 
 
 @dataclass
@@ -18,8 +25,8 @@ class Sequence:
     whose KV the planned sweeps (or the cohort's token under way) have written. lane: where its
     pages are, None while waiting. slot: row of the device's `tokens_by_slot`, None while waiting.
     is_decoding: its last token lies in that slot. is_moving: its KV is between the lanes.
-    cohort_id: of the cohort in which its next token is under way. last_sweep_id: the last planned
-    sweep that touches its pages on the device.
+    cohort_id: of the cohort in which its next token is under way. num_host_tokens: output tokens
+    whose attention the host did.
     """
 
     index: int
@@ -35,7 +42,6 @@ class Sequence:
     cohort_id: int | None = None
     num_computed: int = 0
     num_unread: int = 0
-    last_sweep_id: int | None = None
     num_preemptions: int = 0
     num_host_tokens: int = 0
     first_token_sec: float | None = None

@@ -1,8 +1,12 @@
 """The device's stages: pure functions over plain pytrees, split off the NNX modules.
 
-Owns what each stage computes; compiling them is programs.py's. One `layers` function serves any
-span of consecutive layers, because their weights and pages are arguments.
+Owns what each stage computes; compiling them is programs.py's. Each serves every layer (or span of
+consecutive layers), because weights and pages are arguments. Pages may be donated and come back;
+what the host is sent (`qkv_bjh`, exported pages) must not be.
 """
+
+import itertools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -43,19 +47,13 @@ def layers_decode(
     arrays: DecodeArrays,
 ) -> tuple[Float[Array, "b d"], Pages]:
     """Carry one token per row through the layers; `pages` may be donated."""
-    _, positions_b, page_ids_b, slots_b = arrays.rows_b4.T
-    block_rows_c, block_lengths_c = arrays.blocks_ci[:, 0], arrays.blocks_ci[:, 1]
     new_pages: list[LayerPages] = []
-    for state, (k_pages, v_pages) in zip(layers, pages, strict=True):
+    for state, layer_pages in zip(layers, pages, strict=True):
         layer = nnx.merge(graph, state)
-        q, k, v = layer.pre_attention(x_bd, positions_b)
-        k_pages = append_kv(k_pages, k, page_ids_b, slots_b)
-        v_pages = append_kv(v_pages, v, page_ids_b, slots_b)
-        attended = decode_attention(
-            q, k_pages, v_pages, arrays.blocks_ci[:, 2:], block_rows_c, block_lengths_c
-        )
+        q, k, v = layer.pre_attention(x_bd, arrays.rows_b4[:, 1])
+        attended, layer_pages = _append_and_attend(layer_pages, q, k, v, arrays)
         x_bd = layer.post_attention(x_bd, attended)
-        new_pages.append(LayerPages(k_pages, v_pages))
+        new_pages.append(layer_pages)
     return x_bd, tuple(new_pages)
 
 
@@ -91,6 +89,69 @@ def layers_prefill(
     return x_btd, last_bd, tuple(new_pages)
 
 
+def pre_attention(
+    graph: nnx.GraphDef[DecoderLayer],
+    state: nnx.State,
+    x_bd: Float[Array, "b d"],
+    rows_b4: Int[Array, "b 4"],
+) -> Float[Array, "b j h"]:
+    """Enter a layer: rotated queries, rotated keys and values of each row, in this order."""
+    qkv = nnx.merge(graph, state).pre_attention(x_bd, rows_b4[:, 1])
+    return jnp.concatenate(qkv, axis=1)
+
+
+def device_attention(
+    pages: LayerPages, qkv_bjh: Float[Array, "b j h"], arrays: DecodeArrays
+) -> tuple[Float[Array, "b n h"], LayerPages]:
+    """Append each row's key and value and attend, itself included; `pages` may be donated."""
+    num_kv_heads = pages.k_pkzh.shape[1]
+    num_heads = qkv_bjh.shape[1] - 2 * num_kv_heads
+    q, k, v = jnp.split(qkv_bjh, [num_heads, num_heads + num_kv_heads], axis=1)
+    return _append_and_attend(pages, q, k, v, arrays)
+
+
+def post_attention(
+    graph: nnx.GraphDef[DecoderLayer],
+    state: nnx.State,
+    x_bd: Float[Array, "b d"],
+    attended_bnh: Float[Array, "b n h"],
+) -> Float[Array, "b d"]:
+    """Leave a layer."""
+    return nnx.merge(graph, state).post_attention(x_bd, attended_bnh)
+
+
+class BoundaryRows(NamedTuple):
+    """A group of rows between two layers; rows_b4 is that of DecodeArrays."""
+
+    x_bd: Float[Array, "b d"]
+    attended_bnh: Float[Array, "b n h"]
+    rows_b4: Int[Array, "b 4"]
+
+
+def boundary(
+    graph: nnx.GraphDef[DecoderLayer],
+    left: nnx.State,
+    entered: nnx.State,
+    groups: tuple[BoundaryRows, ...],
+) -> tuple[tuple[Float[Array, "b d"], Float[Array, "b j h"]], ...]:
+    """Leave a layer and enter the next, all groups in one batch; returns each one's x and qkv."""
+    x_bd, attended_bnh, rows_b4 = (jnp.concatenate(parts) for parts in zip(*groups, strict=True))
+    x_bd = post_attention(graph, left, x_bd, attended_bnh)
+    qkv_bjh = pre_attention(graph, entered, x_bd, rows_b4)
+    ends = list(itertools.accumulate(len(group.x_bd) for group in groups))[:-1]
+    return tuple(zip(jnp.split(x_bd, ends), jnp.split(qkv_bjh, ends), strict=True))
+
+
+def place(
+    head_rows_bd: Float[Array, "head_b d"], x_bd: Float[Array, "b d"], first: Int[Array, ""]
+) -> Float[Array, "head_b d"]:
+    """Put a group's rows into those of a head from row `first` on; `head_rows_bd` may be donated.
+
+    Rows past the end are dropped: they are padding.
+    """
+    return head_rows_bd.at[first + jnp.arange(len(x_bd))].set(x_bd, mode="drop")
+
+
 def head(
     norm_graph: nnx.GraphDef[RMSNorm],
     norm: nnx.State,
@@ -106,3 +167,41 @@ def head(
     slots_b, rows = unpack_head(packed_b8)
     tokens_b = sampling.greedy(logits_bv) if is_greedy else sampling.sample(logits_bv, rows)
     return tokens_b, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
+
+
+def export_pages(pages: LayerPages, page_ids_i: Int[Array, "i"]) -> Float[Array, "i k 2 z h"]:
+    """Copy pages out in the layout of the host's pool; an id past the end yields any page."""
+    gathered = [pool.at[page_ids_i].get(mode="clip") for pool in pages]
+    return jnp.stack(gathered, axis=2)
+
+
+def import_pages(
+    pages: LayerPages, pages_ik2zh: Float[Array, "i k 2 z h"], page_ids_i: Int[Array, "i"]
+) -> tuple[Float[Array, "1"], LayerPages]:
+    """Write exported pages; `pages` may be donated. Ids past the end are dropped.
+
+    Also returns an element of theirs: a marker that outlives the next donation.
+    """
+    k_pkzh, v_pkzh = (
+        pool.at[page_ids_i].set(pages_ik2zh[:, :, half], mode="drop")
+        for half, pool in enumerate(pages)
+    )
+    return k_pkzh[0, 0, 0, :1], LayerPages(k_pkzh, v_pkzh)
+
+
+def _append_and_attend(
+    pages: LayerPages,
+    q_bnh: Float[Array, "b n h"],
+    k_bkh: Float[Array, "b k h"],
+    v_bkh: Float[Array, "b k h"],
+    arrays: DecodeArrays,
+) -> tuple[Float[Array, "b n h"], LayerPages]:
+    rows_b4, blocks_ci = arrays
+    assert blocks_ci is not None
+    page_ids_b, slots_b = rows_b4[:, 2], rows_b4[:, 3]
+    k_pages = append_kv(pages.k_pkzh, k_bkh, page_ids_b, slots_b)
+    v_pages = append_kv(pages.v_pkzh, v_bkh, page_ids_b, slots_b)
+    attended_bnh = decode_attention(
+        q_bnh, k_pages, v_pages, blocks_ci[:, 2:], blocks_ci[:, 0], blocks_ci[:, 1]
+    )
+    return attended_bnh, LayerPages(k_pages, v_pages)

@@ -49,6 +49,8 @@ struct AttendOutput {
 };
 
 std::string CheckPool(const PoolShape& shape);
+// Of how many rows or pages of padded arrays count.
+std::string CheckCount(const std::string& name, int64_t count, int64_t most);
 std::string CheckTables(const PoolShape& shape, const Tables& tables);
 // Also that no two rows would write to one slot.
 std::string CheckAppend(const PoolShape& shape, const Tables& tables);

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -169,6 +170,27 @@ void TestAgainstReference() {
   }
 }
 
+// Rows of a padded batch: only those that count are checked, read and written.
+void TestPaddingRows() {
+  HostAttention op(2, {}, FindIsa(""));
+  for (int repeat = 0; repeat < 9; ++repeat) {
+    Case c(static_cast<DType>(repeat % 3), 3, 700);
+    c.Fill(op);
+    const Result whole = Attend(op, c);
+    const int64_t num_rows = c.tables.num_rows = 1 + repeat % 2;
+    std::fill(c.lengths.begin() + num_rows, c.lengths.end(), -7);
+    std::fill(c.block_tables.begin() + num_rows * c.tables.max_pages, c.block_tables.end(),
+              1 << 30);
+    Expect(CheckAppend(c.pool.shape, c.tables).empty(), "padding rows are not checked");
+    const Result part = Attend(op, c);
+    const auto used = part.out.begin() + num_rows * (c.q.size() / c.lengths.size());
+    Expect(std::equal(part.out.begin(), used, whole.out.begin()) &&
+               std::equal(part.lse.begin(), part.lse.end(), whole.lse.begin()),
+           "the rows that count: " + c.Text());
+    Expect(std::count(used, part.out.end(), 0) == part.out.end() - used, "the others: " + c.Text());
+  }
+}
+
 void TestPagesRoundTrip() {
   HostAttention op(2, {}, FindIsa(""));
   for (int repeat = 0; repeat < 9; ++repeat) {
@@ -225,6 +247,9 @@ void TestRefusals() {
   Expect(CheckAppend(shape, {same, lengths, 2, 1}).find("block_tables: two rows") == 0, "one slot");
   Expect(CheckPageIds(shape, same, 2, true).find("page_ids: page 3") == 0, "a page named twice");
   Expect(CheckPageIds(shape, same, 2, false).empty(), "a page read twice");
+  Expect(CheckCount("rows", 1, 2).empty() && CheckCount("rows", 2, 2).empty(), "a count");
+  Expect(CheckCount("rows", 0, 2).find("rows = 0: must be from 1 to 2") == 0, "no rows");
+  Expect(CheckCount("rows", 3, 2).find("rows = 3") == 0, "more rows than there are");
   Expect(FindIsa("sse9") == nullptr, "unknown instruction set");
 }
 
@@ -307,6 +332,7 @@ int main() {
   apex::TestThreadPool();
   apex::TestRecording();
   apex::TestPagesRoundTrip();
+  apex::TestPaddingRows();
   apex::TestAgainstReference();
   std::printf("%s, %d failures; this CPU runs %s\n", apex::num_failures ? "FAILED" : "passed",
               apex::num_failures, apex::SupportedIsas().c_str());

@@ -39,6 +39,12 @@ std::string CheckPool(const PoolShape& shape) {
   return "";
 }
 
+std::string CheckCount(const std::string& name, int64_t count, int64_t most) {
+  if (count >= 1 && count <= most) return "";
+  return name + " = " + Text(count) + ": must be from 1 to " + Text(most) +
+         ", what the arrays hold";
+}
+
 std::string CheckTables(const PoolShape& shape, const Tables& tables) {
   for (int64_t row = 0; row < tables.num_rows; ++row) {
     const int64_t length = tables.lengths_b[row];

@@ -3,6 +3,7 @@
 // A handler turns buffers into views, checks shapes and values, and calls HostAttention. Handlers
 // that write the pool take it as their first argument and return it, aliased: nothing is copied.
 
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,6 +15,7 @@ namespace apex {
 namespace {
 
 namespace ffi = xla::ffi;
+using Int32Scalar = ffi::BufferR0<ffi::S32>;
 using Int32Vector = ffi::BufferR1<ffi::S32>;
 using Int32Matrix = ffi::BufferR2<ffi::S32>;
 
@@ -59,6 +61,7 @@ struct Call {
   std::string error;
   Pool pool{};
   Tables tables{};
+  int64_t padded_rows = 0;  // of every array of rows; the first tables.num_rows count
   std::shared_ptr<HostAttention> op = Op();
 
   explicit Call(const ffi::AnyBuffer& buffer) {
@@ -103,7 +106,9 @@ struct Call {
     return rows;
   }
 
-  void ReadTables(const Int32Matrix& block_tables, const Int32Vector& lengths, bool appends) {
+  // num_rows: how many count; null for all.
+  void ReadTables(const Int32Matrix& block_tables, const Int32Vector& lengths,
+                  const Int32Scalar* num_rows, bool appends) {
     if (!error.empty()) return;
     const auto dims = block_tables.dimensions();
     if (lengths.dimensions()[0] != dims[0]) {
@@ -111,7 +116,11 @@ struct Call {
               ": must have as many rows as block_tables, shape " + ShapeText(dims);
       return;
     }
-    tables = {block_tables.typed_data(), lengths.typed_data(), dims[0], dims[1]};
+    padded_rows = dims[0];
+    const int64_t count = num_rows == nullptr ? padded_rows : num_rows->typed_data()[0];
+    if (num_rows != nullptr) error = CheckCount("num_rows", count, padded_rows);
+    if (!error.empty()) return;
+    tables = {block_tables.typed_data(), lengths.typed_data(), count, dims[1]};
     error = appends ? CheckAppend(pool.shape, tables) : CheckTables(pool.shape, tables);
   }
 
@@ -134,7 +143,7 @@ struct Call {
   AttendOutput ReadOutput(ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::BufferR2<ffi::F32>> lse,
                           ffi::DataType dtype, int64_t num_heads) {
     if (error.empty()) {
-      const int64_t rows = tables.num_rows;
+      const int64_t rows = padded_rows;
       const auto dims = out->dimensions();
       const auto lse_dims = lse->dimensions();
       if (out->element_type() != dtype || dims.size() != 3 || dims[0] != rows ||
@@ -153,9 +162,9 @@ struct Call {
     }
   }
 
-  // [num_ids, kv heads, 2, page size, head_dim]
+  // [i, kv heads, 2, page size, head_dim], of which the first num_pages count
   DType ReadPagesBuffer(const ffi::AnyBuffer& pages, const Int32Vector& page_ids,
-                        bool must_differ) {
+                        int64_t num_pages, bool must_differ) {
     DType dtype = DType::kFloat32;
     if (!error.empty()) return dtype;
     const auto dims = pages.dimensions();
@@ -168,11 +177,22 @@ struct Call {
     } else if (!ReadDType(pages.element_type(), &dtype)) {
       error = "pages: their dtype must be float32, float16 or bfloat16";
     } else {
-      error = CheckPageIds(shape, page_ids.typed_data(), num_ids, must_differ);
+      error = CheckCount("num_pages", num_pages, num_ids);
+      if (error.empty()) {
+        error = CheckPageIds(shape, page_ids.typed_data(), num_pages, must_differ);
+      }
     }
     return dtype;
   }
 };
+
+// Zeroes what lies behind the first `count` of an array's rows or pages.
+template <class Buffer>
+void ZeroBehind(const Buffer& array, int64_t count) {
+  const auto num_bytes = static_cast<int64_t>(array.size_bytes());
+  const int64_t used_bytes = num_bytes / array.dimensions()[0] * count;
+  std::memset(static_cast<char*>(array.untyped_data()) + used_bytes, 0, num_bytes - used_bytes);
+}
 
 ffi::Error Allocate(ffi::Result<ffi::AnyBuffer> pool) {
   Call call(*pool);
@@ -184,9 +204,9 @@ ffi::Error Append(ffi::AnyBuffer pool, ffi::AnyBuffer k, ffi::AnyBuffer v, Int32
                   Int32Vector lengths, ffi::Result<ffi::AnyBuffer> new_pool) {
   Call call(pool);
   int64_t num_k = 0, num_v = 0;
-  call.ReadTables(block_tables, lengths, /*appends=*/true);
-  const HeadRows k_rows = call.ReadRows("k", k, call.tables.num_rows, &num_k);
-  const HeadRows v_rows = call.ReadRows("v", v, call.tables.num_rows, &num_v);
+  call.ReadTables(block_tables, lengths, /*num_rows=*/nullptr, /*appends=*/true);
+  const HeadRows k_rows = call.ReadRows("k", k, call.padded_rows, &num_k);
+  const HeadRows v_rows = call.ReadRows("v", v, call.padded_rows, &num_v);
   call.CheckKVHeads("k", num_k);
   call.CheckKVHeads("v", num_v);
   if (call.error.empty() && k_rows.dtype != v_rows.dtype) call.error = "v: its dtype must be k's";
@@ -200,8 +220,8 @@ ffi::Error Attend(float scale, ffi::AnyBuffer pool, ffi::AnyBuffer q, Int32Matri
                   ffi::Result<ffi::BufferR2<ffi::F32>> lse) {
   Call call(pool);
   int64_t num_heads = 0;
-  call.ReadTables(block_tables, lengths, /*appends=*/false);
-  const HeadRows rows = call.ReadRows("q", q, call.tables.num_rows, &num_heads);
+  call.ReadTables(block_tables, lengths, /*num_rows=*/nullptr, /*appends=*/false);
+  const HeadRows rows = call.ReadRows("q", q, call.padded_rows, &num_heads);
   call.CheckQueryHeads("q", num_heads);
   const AttendOutput output = call.ReadOutput(out, lse, q.element_type(), num_heads);
   if (call.error.empty()) {
@@ -211,13 +231,13 @@ ffi::Error Attend(float scale, ffi::AnyBuffer pool, ffi::AnyBuffer q, Int32Matri
 }
 
 ffi::Error AppendAndAttend(float scale, ffi::AnyBuffer pool, ffi::AnyBuffer qkv,
-                           Int32Matrix block_tables, Int32Vector lengths,
+                           Int32Matrix block_tables, Int32Vector lengths, Int32Scalar num_rows,
                            ffi::Result<ffi::AnyBuffer> new_pool, ffi::Result<ffi::AnyBuffer> out,
                            ffi::Result<ffi::BufferR2<ffi::F32>> lse) {
   Call call(pool);
   int64_t num_heads = 0;
-  call.ReadTables(block_tables, lengths, /*appends=*/true);
-  const HeadRows q = call.ReadRows("qkv", qkv, call.tables.num_rows, &num_heads);
+  call.ReadTables(block_tables, lengths, &num_rows, /*appends=*/true);
+  const HeadRows q = call.ReadRows("qkv", qkv, call.padded_rows, &num_heads);
   num_heads -= 2 * call.pool.shape.num_kv_heads;
   call.CheckQueryHeads("qkv", num_heads);
   const AttendOutput output = call.ReadOutput(out, lse, qkv.element_type(), num_heads);
@@ -229,28 +249,32 @@ ffi::Error AppendAndAttend(float scale, ffi::AnyBuffer pool, ffi::AnyBuffer qkv,
     v.data = static_cast<const char*>(k.data) + call.pool.shape.num_kv_heads * head_bytes;
     call.op->Append(call.pool, k, v, call.tables);
     call.op->Attend(call.pool, q, num_heads, scale, call.tables, output);
+    ZeroBehind(*out, call.tables.num_rows);
+    ZeroBehind(*lse, call.tables.num_rows);
   }
   return Invalid(call.error);
 }
 
 ffi::Error WritePages(ffi::AnyBuffer pool, ffi::AnyBuffer pages, Int32Vector page_ids,
-                      ffi::Result<ffi::AnyBuffer> new_pool) {
+                      Int32Scalar num_pages, ffi::Result<ffi::AnyBuffer> new_pool) {
   Call call(pool);
-  const DType dtype = call.ReadPagesBuffer(pages, page_ids, /*must_differ=*/true);
+  const int64_t count = num_pages.typed_data()[0];
+  const DType dtype = call.ReadPagesBuffer(pages, page_ids, count, /*must_differ=*/true);
   call.CheckAliased(new_pool);
   if (call.error.empty()) {
-    call.op->WritePages(call.pool, page_ids.typed_data(), page_ids.dimensions()[0],
-                        pages.untyped_data(), dtype);
+    call.op->WritePages(call.pool, page_ids.typed_data(), count, pages.untyped_data(), dtype);
   }
   return Invalid(call.error);
 }
 
-ffi::Error ReadPages(ffi::AnyBuffer pool, Int32Vector page_ids, ffi::Result<ffi::AnyBuffer> pages) {
+ffi::Error ReadPages(ffi::AnyBuffer pool, Int32Vector page_ids, Int32Scalar num_pages,
+                     ffi::Result<ffi::AnyBuffer> pages) {
   Call call(pool);
-  const DType dtype = call.ReadPagesBuffer(*pages, page_ids, /*must_differ=*/false);
+  const int64_t count = num_pages.typed_data()[0];
+  const DType dtype = call.ReadPagesBuffer(*pages, page_ids, count, /*must_differ=*/false);
   if (call.error.empty()) {
-    call.op->ReadPages(call.pool, page_ids.typed_data(), page_ids.dimensions()[0],
-                       pages->untyped_data(), dtype);
+    call.op->ReadPages(call.pool, page_ids.typed_data(), count, pages->untyped_data(), dtype);
+    ZeroBehind(*pages, count);
   }
   return Invalid(call.error);
 }
@@ -344,6 +368,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apex_append_and_attend, apex::AppendAndAttend,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<apex::Int32Matrix>()
                                   .Arg<apex::Int32Vector>()
+                                  .Arg<apex::Int32Scalar>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::BufferR2<xla::ffi::F32>>());
@@ -353,10 +378,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apex_write_pages, apex::WritePages,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<apex::Int32Vector>()
+                                  .Arg<apex::Int32Scalar>()
                                   .Ret<xla::ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apex_read_pages, apex::ReadPages,
                               xla::ffi::Ffi::Bind()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<apex::Int32Vector>()
+                                  .Arg<apex::Int32Scalar>()
                                   .Ret<xla::ffi::AnyBuffer>());

@@ -130,7 +130,7 @@ def measure_attention(bench: Bench, shape: str, only_engine: bool) -> Iterator[R
             np.arange(rows, dtype=np.int32), np.full(rows, context - 1, np.int32), table
         )
         blocks = packing.num_blocks(batch, PAGE_SIZE * PAGES_PER_BLOCK)
-        _, packed_ci = packing.pack_decode(batch, rows=rows, blocks=blocks, page_size=PAGE_SIZE)
+        packed_ci = packing.pack_blocks(batch, rows=rows, blocks=blocks, page_size=PAGE_SIZE)
         blocks_ci = jax.device_put(packed_ci, bench.device)
 
         @jax.jit

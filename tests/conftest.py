@@ -54,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings = dict(STRICT_SETTINGS)
     if not _selects(config, "gpu"):
         settings["jax_platforms"] = "cpu"
+    # The second stands in for the host where the first stands in for an accelerator.
+    jax.config.update("jax_num_cpu_devices", 2)
     for name, value in settings.items():
         os.environ[name.upper()] = value
         jax.config.update(name, value)

@@ -1,22 +1,42 @@
 """A backend that computes nothing but notices everything: KV pages hold token ids.
 
-Its "model" reads a sequence back from the pages the plan names and hashes it into the next token.
-So a page written twice, freed too early or listed in the wrong order shows as a wrong token.
-Stages run when they are enqueued or, with a delay, when they are waited for. Imports no jax.
+Its "model" writes each token into the pages of every layer, reads the sequence back from each
+layer's own pages, insists that all layers saw the same, and hashes it into the next token. So a
+page written twice, freed too early, listed in the wrong order, copied from another layer or fed to
+a stage out of turn shows as a failed assertion or a wrong token. Imports no jax.
 """
 
 import hashlib
+import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 import numpy as np
 
-from apex_jax.dispatch import Embed, Handle, Head, Layers, Stage
+from apex_jax.hardware import (
+    Boundary,
+    DeviceAttention,
+    Embed,
+    Export,
+    Head,
+    HostAttention,
+    Import,
+    Job,
+    Layers,
+    PostAttention,
+    PreAttention,
+    ReadPages,
+    Stage,
+    StagedLayer,
+    WritePages,
+)
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
 
 VOCAB_SIZE = 50
 NOTHING = -1
+LIKELIHOODS = (0.03, 0.3, 0.8)  # of one more step before a wait looks, drawn for each side
 
 
 def next_token(token_ids: Sequence[int]) -> int:
@@ -33,93 +53,287 @@ def expected_output(prompt: Sequence[int], max_tokens: int, stops: frozenset[int
     return token_ids[len(prompt) :]
 
 
-@dataclass
-class PaperHandle:
-    """The rows' whole sequences after Embed, their next tokens after Head."""
+class Pace(Enum):
+    """How far the two sides have come when somebody looks.
 
-    sequences: list[list[int]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
+    EAGER: whatever can run has run. LATE: nothing runs before it is waited for, and the host only
+    once the device has nothing left. RANDOM: both come a random way before each wait, one side
+    often much further than the other.
+    """
+
+    EAGER = auto()
+    LATE = auto()
+    RANDOM = auto()
+
+
+class Place(Enum):
+    """Where rows stand in `layer`: before its norm, behind its projections, behind attention."""
+
+    BEFORE = auto()
+    ENTERED = auto()
+    ATTENDED = auto()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows on their way: their new tokens, and the sequences that every layer so far has read."""
+
+    starts: list[int]
+    tokens: list[list[int]]
+    layer: int = 0
+    place: Place = Place.BEFORE
+    sequences: list[np.ndarray] | None = None
+
+
+@dataclass(eq=False)
+class PaperHandle:
+    """value: rows, pages or sampled tokens, once done. An operand is donated: taken only once."""
+
+    backend: "PaperBackend"
+    value: Rows | np.ndarray | None = None
+    error: Exception | None = None
+    is_done: bool = False
+    is_taken: bool = False
 
     def read(self) -> np.ndarray:
-        return np.array(self.tokens, np.int32)
+        assert self.backend.wait_any([self], np.inf) is self, "nothing will ever make it ready"
+        assert isinstance(self.value, np.ndarray), "only a head has tokens"
+        return self.value
+
+
+@dataclass(frozen=True)
+class Task:
+    work: Stage | Job
+    operands: tuple[PaperHandle, ...]
+    handles: tuple[PaperHandle, ...]
 
 
 class PaperBackend:
-    """One device with pages, slots and a queue of work."""
+    """One device and one host, each with pages and a queue of tasks that run in order.
 
-    def __init__(self, num_pages: int, page_size: int, num_slots: int, *, runs_late: bool):
-        self.pages = np.full((num_pages, page_size), NOTHING)
+    stages, jobs: all that was enqueued and submitted. device_hangs, host_hangs: that side runs
+    nothing any more. fail_with: the error that a stage or job ends with, or None; a failed job
+    takes those after it along, since they may read what it did not write.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        layers_per_program: int,
+        page_size: int,
+        num_pages: int,
+        num_slots: int,
+        num_host_pages: int = 0,
+        num_staging_pages: int = 0,
+        pace: Pace = Pace.LATE,
+        seed: int = 0,
+    ):
+        self.device_pages = np.full((num_layers, num_pages, page_size), NOTHING)
+        self.host_pages = np.full((num_layers, num_host_pages, page_size), NOTHING)
+        self.staging_pages = np.full((num_staging_pages, page_size), NOTHING)
         self.tokens_by_slot = np.full(num_slots, NOTHING)
         self.stages: list[Stage] = []
-        self._page_size = page_size
-        self._runs_late = runs_late
-        self._queue: deque[Callable[[], None]] = deque()
+        self.jobs: list[Job] = []
+        self.device_hangs = self.host_hangs = False
+        self.fail_with: Callable[[Stage | Job], Exception | None] = lambda work: None
+        self._num_layers, self._span, self._page_size = num_layers, layers_per_program, page_size
+        self._pace, self._random = pace, random.Random(seed)
+        self._device: deque[Task] = deque()
+        self._host: deque[Task] = deque()
+        self._likelihoods = [
+            (side, self._random.choice(LIKELIHOODS)) for side in (self._device, self._host)
+        ]
+        self._host_error: Exception | None = None
+        self._now_sec = 0.0
 
-    def now(self) -> float:
-        return float(len(self.stages))
+    # The four verbs
 
-    def enqueue(self, stage: Stage, operand: Handle | None = None) -> PaperHandle:
+    def enqueue(self, stage: Stage, *operands: PaperHandle) -> tuple[PaperHandle, ...]:
         self.stages.append(stage)
-        handle = PaperHandle()
-        self._queue.append(lambda: self._run(stage, operand, handle))
-        if not self._runs_late:
-            self._drain()
+        num_handles = len(operands) if isinstance(stage, Boundary | Head) else 1
+        return self._add(self._device, stage, operands, num_handles)
+
+    def submit_host(self, job: Job, operand: PaperHandle | None = None) -> PaperHandle:
+        self.jobs.append(job)
+        [handle] = self._add(self._host, job, (operand,) if operand is not None else (), 1)
         return handle
 
-    def wait_any(self, handles: Sequence[Handle], deadline_sec: float) -> Handle | None:
-        self._drain()
-        return handles[0]
+    def wait_any(self, handles: Sequence[PaperHandle], deadline_sec: float) -> PaperHandle | None:
+        assert handles, "a wait for nothing"
+        if self._pace is Pace.RANDOM:
+            for side, likelihood in self._likelihoods:
+                while self._random.random() < likelihood and self._step(side):
+                    pass
+        while True:
+            for handle in handles:
+                if handle.error is not None:
+                    raise handle.error
+                if handle.is_done:
+                    return handle
+            if deadline_sec <= self._now_sec:
+                return None
+            if not self._step_either():
+                self._now_sec = deadline_sec
+                return None
 
-    def _drain(self) -> None:
-        while self._queue:
-            self._queue.popleft()()
+    def now(self) -> float:
+        return self._now_sec
 
-    def _run(self, stage: Stage, operand: Handle | None, handle: PaperHandle) -> None:
-        if isinstance(stage, Embed):
-            batch = stage.batch
-            append = self._decode if isinstance(batch, DecodeBatch) else self._prefill
-            handle.sequences = append(batch)
-            return
-        assert isinstance(operand, PaperHandle)
-        if isinstance(stage, Layers):
-            handle.sequences = operand.sequences
-        else:
-            assert isinstance(stage, Head)
-            handle.tokens = self._sample(stage.batch, operand.sequences)
+    # Queues
 
-    def _decode(self, batch: DecodeBatch) -> list[list[int]]:
-        for slot, position, table in zip(
-            batch.slots_b, batch.positions_b, batch.block_table_bm, strict=True
+    def _add(
+        self,
+        queue: deque[Task],
+        work: Stage | Job,
+        operands: tuple[PaperHandle, ...],
+        num_handles: int,
+    ) -> tuple[PaperHandle, ...]:
+        self._now_sec += 1.0
+        for operand in operands:
+            assert not operand.is_taken, f"{work} takes an operand that was donated before"
+            operand.is_taken = True
+        handles = tuple(PaperHandle(self) for _ in range(num_handles))
+        queue.append(Task(work, operands, handles))
+        while self._pace is Pace.EAGER and self._step_either():
+            pass
+        return handles
+
+    def _step_either(self) -> bool:
+        """Take a step on one of the sides; whether any could."""
+        sides = [self._device, self._host]
+        if self._pace is Pace.RANDOM:
+            self._random.shuffle(sides)
+        return any(self._step(side) for side in sides)
+
+    def _step(self, queue: deque[Task]) -> bool:
+        """Run the side's next task; whether it could."""
+        hangs = self.device_hangs if queue is self._device else self.host_hangs
+        if hangs or not queue or not all(one.is_done for one in queue[0].operands):
+            return False
+        task = queue.popleft()
+        errors = [one.error for one in task.operands if one.error is not None]
+        if queue is self._host and self._host_error is not None:
+            errors.append(self._host_error)
+        error = errors[0] if errors else self.fail_with(task.work)
+        if queue is self._host:
+            self._host_error = error
+        values = [None] * len(task.handles)
+        if error is None:
+            values = self._run(task.work, [one.value for one in task.operands])
+        for handle, value in zip(task.handles, values, strict=True):
+            handle.value, handle.error, handle.is_done = value, error, True
+        return True
+
+    # What stages and jobs do
+
+    def _run(self, work: Stage | Job, values: list) -> list[Rows | np.ndarray]:
+        match work:
+            case Embed(batch):
+                assert not values
+                return [self._embed(batch)]
+            case Layers(batch, first_layer):
+                [rows] = values
+                assert first_layer + self._span <= self._num_layers, "no such layers"
+                for layer in range(first_layer, first_layer + self._span):
+                    rows = _move(rows, (layer, Place.BEFORE), (layer, Place.ENTERED))
+                    rows = self._attend(self.device_pages[layer], layer, batch, rows)
+                    rows = _move(rows, (layer, Place.ATTENDED), (layer + 1, Place.BEFORE))
+                return [rows]
+            case PreAttention(layer):
+                [rows] = values
+                return [_move(rows, (layer, Place.BEFORE), (layer, Place.ENTERED))]
+            case DeviceAttention(batch, layer):
+                [rows] = values
+                return [self._attend(self.device_pages[layer], layer, batch, rows)]
+            case HostAttention(_, layer, batch):
+                [rows] = values
+                return [self._attend(self.host_pages[layer], layer, batch, rows)]
+            case PostAttention(layer):
+                [rows] = values
+                return [_move(rows, (layer, Place.ATTENDED), (layer + 1, Place.BEFORE))]
+            case Boundary(layer):
+                assert len(values) in (1, 2), "one or two groups share a boundary"
+                came, goes = (layer - 1, Place.ATTENDED), (layer, Place.ENTERED)
+                return [_move(rows, came, goes) for rows in values]
+            case StagedLayer(batch, layer):
+                [rows] = values
+                rows = _move(rows, (layer, Place.BEFORE), (layer, Place.ENTERED))
+                rows = self._attend(self.staging_pages, layer, batch, rows)
+                return [_move(rows, (layer, Place.ATTENDED), (layer + 1, Place.BEFORE))]
+            case Head(batches):
+                return [
+                    self._sample(head, rows) for head, rows in zip(batches, values, strict=True)
+                ]
+            case Export(layer, pages_i, from_staging):
+                pages = self.staging_pages if from_staging else self.device_pages[layer]
+                return [pages[_checked(pages_i, pages)]]
+            case ReadPages(layer, pages_i):
+                return [self.host_pages[layer][_checked(pages_i, self.host_pages[layer])]]
+            case WritePages(layer, pages_i):
+                pages = self.host_pages[layer]
+            case Import(layer, pages_i):
+                pages = self.device_pages[layer]
+        [moved] = values
+        assert len(moved) == len(pages_i), "another number of pages arrives than set out"
+        pages[_checked(pages_i, pages)] = moved
+        return [moved]
+
+    def _embed(self, batch: DecodeBatch | PrefillBatch) -> Rows:
+        if isinstance(batch, DecodeBatch):
+            return Rows(_starts(batch), self.tokens_by_slot[batch.slots_b].reshape(-1, 1).tolist())
+        pairs = zip(batch.token_ids_bt.tolist(), batch.lengths_b.tolist(), strict=True)
+        return Rows(_starts(batch), [tokens[:length] for tokens, length in pairs])
+
+    def _attend(
+        self, pages: np.ndarray, layer: int, batch: DecodeBatch | PrefillBatch, rows: Rows
+    ) -> Rows:
+        """Append the rows' tokens to a layer's pages, and read their whole sequences back."""
+        assert rows.starts == _starts(batch), "attention gets other rows than were embedded"
+        sequences: list[np.ndarray] = []
+        for start, tokens, table in zip(
+            rows.starts, rows.tokens, batch.block_table_bm, strict=True
         ):
-            self._write(table, int(position), [int(self.tokens_by_slot[slot])])
-        ends = [int(position) + 1 for position in batch.positions_b]
-        return self._read(batch.block_table_bm, ends)
+            # A token's entry names its layer too: one layer's pages never pass as another's.
+            for position, token in enumerate(tokens, start=start):
+                assert 0 <= token < VOCAB_SIZE, "the row's slot holds no token"
+                page, offset = divmod(position, self._page_size)
+                pages[_checked(table[page], pages), offset] = layer * VOCAB_SIZE + token
+            end = start + len(tokens)
+            used = _checked(table[: -(-end // self._page_size)], pages)
+            layers, sequence = np.divmod(pages[used].reshape(-1)[:end], VOCAB_SIZE)
+            assert (layers == layer).all(), f"layer {layer} reads the KV of layers {set(layers)}"
+            sequences.append(sequence)
+        for before, sequence in zip(rows.sequences or sequences, sequences, strict=True):
+            assert np.array_equal(before, sequence), f"layer {layer} reads another sequence"
+        rows = replace(rows, sequences=sequences)
+        return _move(rows, (layer, Place.ENTERED), (layer, Place.ATTENDED))
 
-    def _prefill(self, batch: PrefillBatch) -> list[list[int]]:
-        ends: list[int] = []
-        for tokens, start, length, table in zip(
-            batch.token_ids_bt, batch.starts_b, batch.lengths_b, batch.block_table_bm, strict=True
-        ):
-            self._write(table, int(start), tokens[:length].tolist())
-            ends.append(int(start + length))
-        return self._read(batch.block_table_bm, ends)
-
-    def _sample(self, head: HeadBatch, sequences: list[list[int]]) -> list[int]:
+    def _sample(self, head: HeadBatch, rows: Rows) -> np.ndarray:
+        assert (rows.layer, rows.place) == (self._num_layers, Place.BEFORE), (
+            "not through all layers"
+        )
+        assert rows.sequences is not None
         tokens: list[int] = []
         for row, slot, position in zip(head.rows_b, head.slots_b, head.positions_b, strict=True):
-            assert len(sequences[row]) == position, "the sampled position is not the next one"
-            tokens.append(next_token(sequences[row]))
+            sequence = rows.sequences[row]
+            assert len(sequence) == position, "the sampled position is not the next one"
+            tokens.append(next_token(sequence.tolist()))
             self.tokens_by_slot[slot] = tokens[-1]
-        return tokens
+        return np.array(tokens, np.int32)
 
-    def _write(self, table: np.ndarray, start: int, tokens: list[int]) -> None:
-        for position, token in enumerate(tokens, start=start):
-            page, slot = divmod(position, self._page_size)
-            self.pages[table[page], slot] = token
 
-    def _read(self, block_table_bm: np.ndarray, ends: list[int]) -> list[list[int]]:
-        sequences = []
-        for table, end in zip(block_table_bm, ends, strict=True):
-            num_pages = -(-end // self._page_size)
-            sequences.append(self.pages[table[:num_pages]].reshape(-1)[:end].tolist())
-        return sequences
+def _starts(batch: DecodeBatch | PrefillBatch) -> list[int]:
+    return (batch.positions_b if isinstance(batch, DecodeBatch) else batch.starts_b).tolist()
+
+
+def _move(rows: Rows, came: tuple[int, Place], goes: tuple[int, Place]) -> Rows:
+    assert (rows.layer, rows.place) == came, f"rows at {rows.layer}, {rows.place}; not {came}"
+    return replace(rows, layer=goes[0], place=goes[1])
+
+
+def _checked(pages_i: np.ndarray, pages: np.ndarray) -> np.ndarray:
+    """Return page ids that are in the pool: numpy would take negative ones for the last."""
+    assert (pages_i >= 0).all(), f"page ids {pages_i}"
+    assert (pages_i < len(pages)).all(), f"page ids {pages_i} of {len(pages)}"
+    return pages_i

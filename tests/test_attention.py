@@ -13,7 +13,7 @@ from apex_jax.buckets import PAGES_PER_BLOCK
 from apex_jax.config import LlamaConfig
 from apex_jax.kv_cache import LayerPages
 from apex_jax.models import weights
-from apex_jax.packing import PrefillArrays, pack_decode, pack_prefill
+from apex_jax.packing import PrefillArrays, pack_blocks, pack_prefill, pack_rows
 from apex_jax.plan import DecodeBatch, PrefillBatch
 
 # Error over the largest value that the row attends to, in ulps (eps) of the KV dtype. Half
@@ -100,7 +100,8 @@ def decode_rows(pool, rng, positions, table_bm, *, n, rows, blocks, dtype, q_sca
     """Append a token to each row as the plan's batch says, then attend; return q and the output."""
     b, z = len(positions), pool.page_size
     batch = DecodeBatch(np.arange(b, dtype=np.int32), np.array(positions, np.int32), table_bm)
-    rows_b4, blocks_ci = pack_decode(batch, rows=rows, blocks=blocks, page_size=z)
+    rows_b4 = pack_rows(batch, rows=rows, page_size=z)
+    blocks_ci = pack_blocks(batch, rows=rows, blocks=blocks, page_size=z)
     k_heads, h = pool.k.shape[1], pool.k.shape[3]
     # Padding rows bring values of their own, which must reach nobody.
     new = [random(rng, (rows, k_heads, h), dtype) for _ in range(2)]
@@ -188,7 +189,7 @@ def test_decode_does_not_depend_on_the_padding():
     q_bnh = random(rng, (8, 4, 64), "float32")
     outs = []
     for rows, blocks in ((4, 4), (8, 9)):
-        _, blocks_ci = pack_decode(batch, rows=rows, blocks=blocks, page_size=16)
+        blocks_ci = pack_blocks(batch, rows=rows, blocks=blocks, page_size=16)
         arguments = (blocks_ci[:, 2:], blocks_ci[:, 0], blocks_ci[:, 1])
         outs.append(np.asarray(decode(q_bnh[:rows], pool.k, pool.v, *arguments))[:3])
     np.testing.assert_allclose(*outs, rtol=0, atol=4e-6)
@@ -283,7 +284,7 @@ def test_chunks_are_one_prefill_and_decode_goes_on():
         results.append(out)
         # The last query again, as a decode step that finds its own token in the pages.
         batch = DecodeBatch(np.arange(2, dtype=np.int32), np.array(totals, np.int32) - 1, table_bm)
-        _, blocks_ci = pack_decode(batch, rows=2, blocks=3, page_size=z)
+        blocks_ci = pack_blocks(batch, rows=2, blocks=3, page_size=z)
         last = np.stack([q[row, total - 1] for row, total in enumerate(totals)])
         decoded = decode(last, pool.k, pool.v, blocks_ci[:, 2:], blocks_ci[:, 0], blocks_ci[:, 1])
         for row, total in enumerate(totals):

@@ -1,18 +1,23 @@
 """Buckets: within the budget of executables, and large enough for every batch there can be."""
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from apex_jax.buckets import (
     MAX_EXECUTABLES,
+    MAX_HYBRID_EXECUTABLES,
+    MAX_HYBRID_ROW_BUCKETS,
     MAX_ROW_BUCKETS,
     MIN_ROWS,
     PAGES_PER_BLOCK,
+    HostLimits,
     choose,
     fullest_chunk,
     smallest_that_holds,
 )
+from apex_jax.config import LlamaConfig
 from apex_jax.pages import num_pages_for
 
 
@@ -22,27 +27,36 @@ def settings_of_a_job(draw):
     page_size = draw(st.sampled_from([8, 16, 32, 64, 128]))
     num_pages = draw(st.one_of(st.integers(1, 40), st.integers(1, 200_000)))
     max_model_len = draw(st.one_of(st.integers(1, 300), st.integers(1, 131_072)))
+    limits = st.builds(
+        HostLimits,
+        max_cohort_rows=st.integers(1, 9) | st.integers(1, 4096),
+        num_staging_pages=st.integers(1, 9) | st.integers(1, 10_000),
+        max_move_pages=st.integers(1, 9) | st.integers(1, 10_000),
+    )
     return {
         "max_requests": draw(st.one_of(st.integers(1, 9), st.integers(1, 4096))),
         "max_prefill_tokens": 2 ** draw(st.integers(4, 16)),
         "max_model_len": min(max_model_len, num_pages * page_size),
         "num_pages": num_pages,
         "page_size": page_size,
+        "host": draw(st.none() | limits),
     }
 
 
 @given(settings_of_a_job())
 def test_shapes_stay_within_their_budget(job):
-    buckets = choose(**job)
-    assert buckets.num_executables <= MAX_EXECUTABLES
-    assert len(buckets.rows) <= MAX_ROW_BUCKETS
+    buckets, host = choose(**job), job["host"]
+    assert buckets.num_executables <= (MAX_HYBRID_EXECUTABLES if host else MAX_EXECUTABLES)
+    assert len(buckets.rows) <= (MAX_HYBRID_ROW_BUCKETS if host else MAX_ROW_BUCKETS)
     assert buckets.rows[0] >= MIN_ROWS
     assert buckets.block_tokens == PAGES_PER_BLOCK * job["page_size"]
-    assert set(buckets.num_blocks) == set(buckets.rows)
+    assert set(buckets.num_blocks) <= set(buckets.rows)
+    assert host or set(buckets.num_blocks) == set(buckets.rows)
     for ascending in (buckets.rows, buckets.context_pages, *buckets.num_blocks.values()):
         assert list(ascending) == sorted(set(ascending))
     # Nothing is compiled that no batch fills: not twice the rows, nor more blocks than can be held.
-    assert buckets.rows[-1] < max(2 * job["max_requests"], MIN_ROWS + 1)
+    max_rows = max(job["max_requests"], host.max_cohort_rows if host else 0)
+    assert buckets.rows[-1] < max(2 * max_rows, MIN_ROWS + 1)
     for rows, sizes in buckets.num_blocks.items():
         longest = num_pages_for(job["max_model_len"], buckets.block_tokens)
         assert sizes[-1] <= max(rows, min(rows * longest, job["num_pages"] // 8 + rows))
@@ -86,6 +100,78 @@ def test_every_prefill_batch_fits_a_bucket(job, data):
     assert buckets.head_rows(rows) >= rows
     num_pages = num_pages_for(max(lengths), job["page_size"])
     assert smallest_that_holds(buckets.context_pages, num_pages) >= num_pages
+
+
+@given(settings_of_a_job(), st.data())
+def test_whatever_the_host_lane_asks_for_fits_a_bucket(job, data):
+    buckets, limits = choose(**job), job["host"]
+    if limits is None:
+        assert buckets.host is None
+        assert buckets.boundaries == buckets.placements == ()
+        return
+    host = buckets.host
+    num_device = data.draw(st.integers(1, job["max_requests"]))
+    num_cohort = data.draw(st.integers(1, limits.max_cohort_rows))
+    device_rows = smallest_that_holds(buckets.rows, num_device)
+    cohort_rows = smallest_that_holds(buckets.rows, num_cohort)
+    assert device_rows in buckets.device_rows
+    assert cohort_rows in host.cohort_rows
+    assert {(device_rows,), (cohort_rows,), (device_rows, cohort_rows)} <= set(buckets.boundaries)
+    head_rows = smallest_that_holds(
+        host.head_rows, max(num_device + num_cohort, device_rows, cohort_rows)
+    )
+    assert {(device_rows, head_rows), (cohort_rows, head_rows)} <= set(buckets.placements)
+    for most, sizes in (
+        (limits.num_staging_pages, host.staging_pages),
+        (limits.max_move_pages, host.move_pages),
+    ):
+        count = data.draw(st.integers(1, most))
+        size = smallest_that_holds(sizes, count)
+        # The host, which reads pages by the sizes of all of them, agrees on the size.
+        assert size == smallest_that_holds(host.transit_pages, count)
+        assert size <= max(2 * count + 1, sizes[0])
+
+
+def test_the_host_lane_of_the_usual_job():
+    limits = HostLimits(max_cohort_rows=128, num_staging_pages=256, max_move_pages=200)
+    buckets = choose(
+        max_requests=64,
+        max_prefill_tokens=512,
+        max_model_len=4096,
+        num_pages=1000,
+        page_size=16,
+        host=limits,
+    )
+    assert buckets.rows == (16, 32, 64, 128)
+    assert buckets.device_rows == (16, 32, 64)
+    assert buckets.host.cohort_rows == (16, 32, 64, 128)
+    assert buckets.host.head_rows == (16, 32, 64, 128, 64 + 128)
+    assert buckets.host.transit_pages == (32, 64, 128, 256)
+    assert buckets.chunks == ((1, 512), (1, 128), (1, 32), (4, 128))
+    assert len(buckets.context_pages) == 3
+    assert len(buckets.boundaries) == 4 + 3 * 4
+    assert buckets.num_executables == 110
+
+
+def test_bytes_of_the_host_lane_are_those_of_its_arrays():
+    model = LlamaConfig(
+        num_layers=3,
+        d_model=64,
+        d_ffn=96,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        vocab_size=100,
+        max_position_embeddings=128,
+    )
+    limits = HostLimits(max_cohort_rows=4, num_staging_pages=10, max_move_pages=5)
+    assert limits.device_bytes(
+        model, page_size=8, max_prefill_tokens=32, max_transit_pages=20, itemsize=2
+    ) == {
+        "staging_plane": 2 * np.zeros((10, 2, 8, 16), np.float16).nbytes,
+        "prompt_hidden_states": 2 * np.zeros((10 * 8 + 32, 64), np.float16).nbytes,
+        "pages_in_transit": np.zeros((20, 2, 2, 8, 16), np.float16).nbytes,
+    }
 
 
 def test_the_usual_job():

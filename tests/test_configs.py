@@ -11,7 +11,15 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from apex_jax.config import Config, ConfigError, LlamaConfig, validate
+from apex_jax.config import (
+    STRATEGIES,
+    Config,
+    ConfigError,
+    LlamaConfig,
+    SchedulerConfig,
+    parse_cpus,
+    validate,
+)
 from apex_jax.models.hf_config import read_model_folder
 
 # How ml_collections 1.1 runs a config file; it works up to Python 3.14.
@@ -109,6 +117,67 @@ def test_demo_config_finds_its_model_from_any_working_folder(tmp_path, monkeypat
     config = from_flags("demo")
     validate(config)
     assert read_model_folder(config.model.path).architecture.vocab_size == 4096
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "right"),
+    [
+        ("cache.host_bytes", 0, "positive"),
+        ("scheduler.max_host_requests", 0, "1 to 4096"),
+        ("scheduler.cohorts", 0, "at least 1"),
+        ("scheduler.passes", 0, "at least 1"),
+        ("host.threads", 0, "1 to 1024"),
+        ("host.numa_node", -1, "at least 0"),
+        ("host.isa", "sse9", "empty or one of avx512, avx2, neon, portable"),
+    ],
+)
+def test_settings_of_the_host_lane_have_ranges(flag, value, right):
+    config = get_config("demo")
+    owner, field = flag.split(".")
+    setattr(getattr(config, owner), field, value)
+    with pytest.raises(
+        ConfigError, match=re.escape(f"--config.{flag} is {value!r}; it must be {right}")
+    ):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("", ()), ("  ", ()), ("3", (3,)), ("2,4-7", (2, 4, 5, 6, 7)), ("9, 0-1 \n", (9, 0, 1))],
+)
+def test_cpus_are_listed_as_linux_does(text, cpus):
+    assert parse_cpus(text) == cpus
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("2,,4", "'' is neither a CPU nor a range of them"),
+        ("2;4", "'2;4' is neither a CPU"),
+        ("-1", "'-1' is neither a CPU"),
+        ("1-2-3", "'1-2-3' is neither a CPU"),
+        ("7-4", "'7-4' ends before it begins"),
+        ("1-3,2", "it names a CPU twice"),
+    ],
+)
+def test_a_wrong_list_of_cpus_is_refused(text, reason):
+    config = get_config("demo")
+    config.host.cpus = text
+    message = f"--config.host.cpus is {text!r}: {reason}"
+    with pytest.raises(ConfigError, match=re.escape(message) + ".*such as 2,4-7"):
+        validate(config)
+
+
+def test_a_numa_node_comes_instead_of_cpus():
+    config = get_config("demo")
+    config.host.numa_node, config.host.cpus = 0, "1"
+    with pytest.raises(ConfigError, match=r"host\.numa_node is 0; .* left out where host\.cpus"):
+        validate(config)
+
+
+def test_only_device_only_has_no_host_lane():
+    have_one = [one for one in STRATEGIES if SchedulerConfig(strategy=one).has_host_lane]
+    assert have_one == [one for one in STRATEGIES if one != "device_only"]
 
 
 def test_fields_that_are_none_can_be_overridden():

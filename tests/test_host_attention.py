@@ -236,6 +236,47 @@ def test_append_and_attend_equals_its_parts(kv_dtype, page_size):
     )
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 3])
+def test_padding_rows_are_neither_read_nor_written(num_rows):
+    """Their tables, lengths and values would be errors, or duplicates, if they counted."""
+    rng = np.random.default_rng(num_rows)
+    padding = slice(num_rows, None)
+    qkv = rng.normal(size=(3, 4 + 4, 64)).astype(np.float32)
+    tables = np.asarray([[0, 1], [2, 3], [4, 5]], np.int32)
+    lengths = np.asarray([17, 5, 9], np.int32)
+    qkv[padding], tables[padding], lengths[padding] = np.nan, 99, -7
+    pages = jnp.asarray(rng.normal(size=(6, 2, 2, 16, 64)), jnp.bfloat16)
+    ids = jnp.arange(6, dtype=jnp.int32)
+    run = host_attention.append_and_attend
+    results = []
+    for rows, count in ((slice(None), jnp.asarray(num_rows, jnp.int32)), (slice(num_rows), None)):
+        pool = host_attention.allocate_pool(6, 2, 16, 64, "bfloat16")
+        pool = host_attention.write_pages(pool, pages, ids)
+        arrays = (jnp.asarray(one[rows]) for one in (qkv, tables, lengths))
+        pool, out, lse = run(pool, *arrays, count)
+        results.append((host_attention.read_pages(pool, ids), out, lse))
+    (pool, out, lse), (expected_pool, *expected) = results
+    np.testing.assert_array_equal(pool, expected_pool)
+    for found, wanted in zip((out, lse), expected, strict=True):
+        np.testing.assert_array_equal(found[:num_rows], wanted)
+        assert not np.asarray(found[padding]).any()
+
+
+@pytest.mark.parametrize("num_pages", [1, 2, 3])
+def test_padding_pages_are_neither_read_nor_written(num_pages):
+    pages = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 16, 64)), jnp.float16)
+    ids = np.asarray([4, 0, 2], np.int32)
+    ids[num_pages:] = 99
+    ids, count = jnp.asarray(ids), jnp.asarray(num_pages, jnp.int32)
+    pool = host_attention.allocate_pool(5, 2, 16, 64, "float16")
+    pool = host_attention.write_pages(pool, pages, ids, count)
+    read = host_attention.read_pages(pool, ids, count)
+    np.testing.assert_array_equal(read[:num_pages], pages[:num_pages])
+    assert not np.asarray(read[num_pages:]).any()
+    others = jnp.asarray([1, 3, *(page for page in (4, 0, 2)[num_pages:])], jnp.int32)
+    assert not np.asarray(host_attention.read_pages(pool, others)).any()
+
+
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [8, 16, 40, 128])
 def test_pages_read_are_pages_written(kv_dtype, page_size):
@@ -318,6 +359,22 @@ def test_wrong_values_are_errors():
     assert "block_tables: two rows append to slot 4 of page 1" in message
 
 
+@pytest.mark.parametrize("count", [0, 3, -1, 2**31 - 1])
+def test_a_count_beyond_the_padded_arrays_is_an_error(count):
+    pool, q, kv, tables, lengths = small_call()
+    count_array, ids = jnp.asarray(count, jnp.int32), jnp.asarray([0, 1], jnp.int32)
+    qkv, pages = jnp.concatenate([q, kv, kv], 1), host_attention.read_pages(pool, ids)
+    with pytest.raises(CALL_ERRORS, match=f"num_pages = {count}: must be from 1 to 2"):
+        jax.block_until_ready(host_attention.read_pages(pool, ids, count_array))
+    with pytest.raises(CALL_ERRORS, match=f"num_pages = {count}: must be from 1 to 2"):
+        jax.block_until_ready(host_attention.write_pages(pool, pages, ids, count_array))
+    pool = small_call()[0]
+    with pytest.raises(CALL_ERRORS, match=f"num_rows = {count}: must be from 1 to 2"):
+        jax.block_until_ready(
+            host_attention.append_and_attend(pool, qkv, tables, lengths, count_array)
+        )
+
+
 def test_a_released_pool_is_an_error():
     pool, q, kv, tables, lengths = small_call()
     host_attention.append(pool, kv, kv, tables, lengths)
@@ -371,6 +428,10 @@ def test_wrong_arguments_of_the_others_are_errors():
     write = inspect.unwrap(host_attention.write_pages)
     with pytest.raises(ValueError, match=r"pages_ik2zh: shape .*: must be \(3, 2, 2, 16, 64\)"):
         write(pool, pool, jnp.asarray([0, 1, 2]))
+    with pytest.raises(TypeError, match="num_rows: dtype float32: must be int32"):
+        both(pool, jnp.ones((2, 8, 64)), tables, lengths, jnp.asarray(1.0))
+    with pytest.raises(ValueError, match=r"num_pages: shape \(2,\): must be \(\)"):
+        inspect.unwrap(host_attention.read_pages)(pool, lengths, lengths)
     with pytest.raises(ValueError, match="scale = nan"):
         host_attention.attend(pool, q, tables, lengths, float("nan"))
     for wrong, message in (
@@ -382,6 +443,12 @@ def test_wrong_arguments_of_the_others_are_errors():
             host_attention.allocate_pool(*wrong)
     with pytest.raises(TypeError, match="dtype = int8"):
         host_attention.allocate_pool(4, 2, 16, 64, "int8")
+
+
+def test_a_pool_lies_on_the_device_it_is_asked_for():
+    for device in (None, *jax.devices("cpu")):
+        pool = host_attention.allocate_pool(2, 1, 8, 8, "float32", device)
+        assert pool.devices() == {device or jax.devices("cpu")[0]}
 
 
 def test_wrong_settings_are_errors(op, tmp_path):
@@ -421,6 +488,7 @@ def test_handlers_refuse_or_answer_whatever_they_are_given(data):
     pool = draw_array(5) if data.draw(st.booleans()) else jnp.ones(pool_shape, jnp.float16)
     tables, lengths = draw_array(2, "int32"), draw_array(1, "int32")
     page_ids, rows = draw_array(1, "int32"), [draw_array(3), draw_array(3)]
+    count = draw_array(0, "int32")
     result = jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype)
     lse = jax.ShapeDtypeStruct(rows[0].shape[:2], jnp.float32)
     pool_like = jax.ShapeDtypeStruct(pool.shape, pool.dtype)
@@ -428,9 +496,9 @@ def test_handlers_refuse_or_answer_whatever_they_are_given(data):
     calls = {
         "append": ((*rows, tables, lengths), pool_like, {}),
         "attend": ((rows[0], tables, lengths), (result, lse), scale),
-        "append_and_attend": ((rows[0], tables, lengths), (pool_like, result, lse), scale),
-        "write_pages": ((draw_array(5), page_ids), pool_like, {}),
-        "read_pages": ((page_ids,), draw_array(5), {}),
+        "append_and_attend": ((rows[0], tables, lengths, count), (pool_like, result, lse), scale),
+        "write_pages": ((draw_array(5), page_ids, count), pool_like, {}),
+        "read_pages": ((page_ids, count), draw_array(5), {}),
     }
     name = data.draw(st.sampled_from(sorted(calls)))
     arrays, results, attributes = calls[name]

@@ -251,3 +251,191 @@ def test_what_was_compiled_must_fit_beside_the_rest(plan):
     check_programs(made, left)
     with pytest.raises(ConfigError, match=r"weights .* need 1\.00 GiB, and 1\.00 are free; lower"):
         check_programs(made, left + 1)
+
+
+# Two pools
+
+HYBRID = {"strategy": "async_overlap", "max_host_requests": 16}
+
+
+@pytest.fixture
+def plan_both(monkeypatch):
+    """Plan for a strategy with a host lane, on a GPU or on its stand-in with that much free."""
+
+    def plan_with(free_bytes, host_free_bytes=None, model=MODEL, **settings):
+        device = device_with(None) if host_free_bytes is not None else jax.devices("cpu")[0]
+        host_free_bytes = free_bytes if host_free_bytes is None else host_free_bytes
+        monkeypatch.setattr(memory, "free_device_bytes", lambda device: free_bytes)
+        monkeypatch.setattr(memory, "free_host_bytes", lambda: host_free_bytes)
+        return plan_memory(config_of(**HYBRID, **settings), model, F32, device)
+
+    return plan_with
+
+
+def test_without_a_host_lane_nothing_is_kept_for_it(plan):
+    made = plan(GIB)
+    assert (made.num_host_pages, made.host_pool_bytes, made.num_staging_pages) == (0, 0, 0)
+    assert made.lane_bytes == 0
+
+
+def test_a_host_budget_in_bytes_is_taken_as_it_is(plan_both):
+    made = plan_both(GIB, GIB, host_bytes=100 * PAGE_BYTES + 7)
+    assert (made.num_host_pages, made.host_pool_tokens) == (100, 1600)
+    assert made.host_pool_bytes == 100 * PAGE_BYTES
+    assert not made.is_shared
+
+
+def test_no_more_host_pages_than_all_requests_can_use(plan_both):
+    assert plan_both(GIB, GIB).num_host_pages == 16 * 512 // 16
+    assert plan_both(GIB, GIB, host_bytes=GIB // 2, max_model_len=17).num_host_pages == 16 * 2
+    # What cannot be used need not be free either.
+    assert plan_both(GIB, 40 * PAGE_BYTES, host_bytes=GIB, max_model_len=17).num_host_pages == 32
+
+
+def test_the_host_pool_takes_half_of_what_is_free(plan_both):
+    made = plan_both(GIB, 1000 * PAGE_BYTES, max_requests=8)
+    assert made.num_host_pages == 480  # 500 in four significant bits
+    assert made.num_pages == 256
+
+
+def test_a_cpu_divides_one_memory(plan_both):
+    """Weights, scratch, the device's pages and what its programs gather, then the host's half."""
+    made = plan_both(6 * 2**20, max_prefill_tokens=16, max_model_len=128)
+    assert made.is_shared
+    assert made.num_pages == 64
+    needs = made.weight_bytes + made.scratch_bytes + made.lane_bytes + made.pool_bytes * 3 / 2
+    left = 6 * 2**20 - needs
+    assert made.num_host_pages == memory._round_down(int(left / 2 / PAGE_BYTES))
+    assert 0 < made.host_pool_bytes < left / 2
+
+
+@given(
+    st.integers(2**21, 2**30),
+    st.one_of(st.none(), st.integers(1, 2**30)),
+    st.one_of(st.none(), st.integers(1, 2**30)),
+    st.booleans(),
+)
+def test_what_is_planned_fits(free_bytes, device_bytes, host_bytes, is_shared):
+    """Whatever is asked for: both pools and the rest fit, or a message names the flag."""
+    config = config_of(**HYBRID, device_bytes=device_bytes, host_bytes=host_bytes, max_requests=512)
+    device = jax.devices("cpu")[0] if is_shared else device_with(None)
+    free = {"free_device_bytes": lambda _: free_bytes, "free_host_bytes": lambda: free_bytes}
+    with mock.patch.multiple(memory, **free):
+        try:
+            made = plan_memory(config, MODEL, F32, device)
+        except ConfigError as error:
+            assert "--config.cache." in str(error)  # noqa: PT017
+            return
+    assert made.num_pages >= 1
+    assert made.num_host_pages >= 1
+    device_taken = made.weight_bytes + made.lane_bytes + made.pool_bytes
+    assert device_taken + is_shared * made.host_pool_bytes <= free_bytes
+    assert made.host_pool_bytes <= 0.9 * free_bytes
+    if host_bytes is not None:
+        assert host_bytes - PAGE_BYTES < made.host_pool_bytes or made.num_host_pages == 16 * 32
+        assert made.host_pool_bytes <= host_bytes
+
+
+def test_a_host_budget_beyond_the_host_is_refused_with_the_right_one(plan_both):
+    right = 90 * PAGE_BYTES
+    assert plan_both(GIB, 100 * PAGE_BYTES, host_bytes=right).num_host_pages == 90
+    with pytest.raises(
+        ConfigError,
+        match=rf"--config\.cache\.host_bytes is {right + PAGE_BYTES}; {100 * PAGE_BYTES} bytes are "
+        rf"free on the host \(.*\), and 90% of them may be taken, so it must be at most {right}$",
+    ):
+        plan_both(GIB, 100 * PAGE_BYTES, host_bytes=right + PAGE_BYTES)
+
+
+def test_the_stand_in_needs_its_share_first(plan_both):
+    settings = {"device_bytes": 40 * PAGE_BYTES, "max_model_len": 64, "max_prefill_tokens": 16}
+    with pytest.raises(
+        ConfigError, match=r"host_bytes is \d+; \d+ bytes are free .* stand-in"
+    ) as e:
+        plan_both(4 * 2**20, **settings, host_bytes=64 * PAGE_BYTES)
+    right = int(str(e.value).split()[-1])
+    made = plan_both(4 * 2**20, **settings, host_bytes=right)
+    assert made.host_pool_bytes == right
+    with pytest.raises(ConfigError, match=f"at most {right}"):
+        plan_both(4 * 2**20, **settings, host_bytes=right + PAGE_BYTES)
+
+
+def test_a_control_group_limits_the_host_pool(tmp_path, monkeypatch):
+    cgroup = tmp_path / "sys/fs/cgroup"
+    cgroup.mkdir(parents=True)
+    (cgroup / "memory.max").write_text(f"{150 * PAGE_BYTES}\n")
+    (cgroup / "memory.current").write_text(f"{50 * PAGE_BYTES}\n")
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: GIB)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: free_host_bytes(tmp_path))
+    config = config_of(**HYBRID, host_bytes=91 * PAGE_BYTES)
+    with pytest.raises(
+        ConfigError,
+        match=rf"{100 * PAGE_BYTES} bytes .*control group's .* at most {90 * PAGE_BYTES}",
+    ):
+        plan_memory(config, MODEL, F32, device_with(None))
+    config.cache.host_bytes = None
+    assert plan_memory(config, MODEL, F32, device_with(None)).num_host_pages == 48
+
+
+def test_a_host_without_room_for_a_page_is_refused(plan_both, monkeypatch):
+    with pytest.raises(ConfigError, match=rf"host_bytes is 5; one page takes {PAGE_BYTES} bytes"):
+        plan_both(GIB, GIB, host_bytes=5)
+    with pytest.raises(ConfigError, match=r"no memory is left for the host's KV cache: .*host_byt"):
+        plan_both(GIB, 2 * PAGE_BYTES - 1)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda device: GIB)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: None)
+    config = config_of(**HYBRID)
+    with pytest.raises(ConfigError, match=r"the host does not say .* --config\.cache\.host_bytes"):
+        plan_memory(config, MODEL, F32, device_with(None))
+    config.cache.host_bytes = 3 * PAGE_BYTES
+    assert plan_memory(config, MODEL, F32, device_with(None)).num_host_pages == 3
+
+
+def test_a_request_may_be_longer_than_the_device_holds(plan_both):
+    settings = {"device_bytes": 3 * PAGE_BYTES}
+    made = plan_both(GIB, GIB, **settings, host_bytes=10 * PAGE_BYTES)
+    assert (made.pool_tokens, made.max_model_len, made.num_staging_pages) == (48, 160, 10)
+    asked = plan_both(GIB, GIB, **settings, host_bytes=10 * PAGE_BYTES, max_model_len=100)
+    assert (asked.max_model_len, asked.num_staging_pages) == (100, 7)
+    small = plan_both(GIB, GIB, **settings, host_bytes=PAGE_BYTES)
+    assert (small.max_model_len, small.num_staging_pages) == (48, 1)
+    with pytest.raises(
+        ConfigError,
+        match=r"len is 161; .* 48 tokens in all \(3 pages\), the host's 160, .*host_byt",
+    ):
+        plan_both(GIB, GIB, **settings, host_bytes=10 * PAGE_BYTES, max_model_len=161)
+
+
+def test_a_host_lane_takes_its_share_of_the_device(plan_both):
+    """One layer of the longest request; pages in transit; hidden states, with a chunk's own."""
+    layer_page = PAGE_BYTES // 4
+    made = plan_both(GIB, GIB, max_prefill_tokens=64)
+    assert made.num_staging_pages == 32
+    assert made.lane_bytes == (32 + 256) * layer_page + (512 + 64) * 64 * 4
+    short = plan_both(GIB, GIB, max_prefill_tokens=64, max_model_len=16)
+    assert short.lane_bytes == (1 + 256) * layer_page + (64 + 64) * 64 * 4
+    deep = plan_both(GIB, GIB, model=DEEP, max_prefill_tokens=64, page_size=8)
+    assert deep.num_staging_pages == 512
+    assert deep.lane_bytes == (512 + 512) * layer_page // 2 + (4096 + 64) * 64 * 4
+    left = GIB - made.weight_bytes - made.lane_bytes
+    with pytest.raises(ConfigError, match=rf"after the weights and .* lane needs {left} bytes"):
+        plan_both(GIB, GIB, max_prefill_tokens=64, device_bytes=left + 1)
+
+
+def test_heads_that_the_host_op_does_not_take_are_refused(plan_both):
+    odd = dataclasses.replace(MODEL, head_dim=12)
+    with pytest.raises(
+        ConfigError, match=r"strategy is 'async_overlap'; .* have 12 .* device_only"
+    ):
+        plan_both(GIB, GIB, model=odd)
+
+
+def test_both_pools_and_the_programs_must_fit_where_they_share_a_memory(plan_both):
+    for host_free_bytes in (None, GIB):
+        settings = {"device_bytes": 100 * PAGE_BYTES, "host_bytes": 50 * PAGE_BYTES}
+        made = plan_both(GIB, host_free_bytes, **settings)
+        left = GIB - made.weight_bytes - made.pool_bytes - made.lane_bytes
+        left -= made.host_pool_bytes if host_free_bytes is None else 0
+        check_programs(made, left)
+        with pytest.raises(ConfigError, match=r"need 1\.00 GiB, and 1\.00 are free; lower"):
+            check_programs(made, left + 1)

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from apex_jax import packing
 from apex_jax.buckets import PAGES_PER_BLOCK
-from apex_jax.packing import PrefillArrays, pack_decode, pack_head, pack_prefill, unpack_head
+from apex_jax.packing import (
+    PrefillArrays,
+    join_heads,
+    pack_blocks,
+    pack_head,
+    pack_page_ids,
+    pack_prefill,
+    pack_rows,
+    unpack_head,
+)
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
 from apex_jax.request import RequestError, SamplingParams
 
@@ -44,9 +53,8 @@ def test_blocks_hold_each_rows_tokens_in_order(batch_and_page_size, spare_rows, 
     block_tokens = page_size * PAGES_PER_BLOCK
     b = len(batch.slots_b)
     rows, num_blocks = b + spare_rows, packing.num_blocks(batch, block_tokens)
-    rows_b4, blocks_ci = pack_decode(
-        batch, rows=rows, blocks=num_blocks + spare_blocks, page_size=page_size
-    )
+    rows_b4 = pack_rows(batch, rows=rows, page_size=page_size)
+    blocks_ci = pack_blocks(batch, rows=rows, blocks=num_blocks + spare_blocks, page_size=page_size)
     assert rows_b4.shape == (rows, 4)
     assert blocks_ci.shape == (num_blocks + spare_blocks, 2 + PAGES_PER_BLOCK)
 
@@ -74,7 +82,7 @@ def test_too_few_blocks_are_refused(batch_and_page_size):
     num_blocks = packing.num_blocks(batch, page_size * PAGES_PER_BLOCK)
     assume(num_blocks > 1)
     with pytest.raises(ValueError, match="broadcast"):
-        pack_decode(batch, rows=8, blocks=num_blocks - 1, page_size=page_size)
+        pack_blocks(batch, rows=8, blocks=num_blocks - 1, page_size=page_size)
 
 
 unpack_targets = jax.jit(packing.unpack_prefill_targets, static_argnums=(1, 2))
@@ -147,6 +155,27 @@ def test_head_rows_survive_the_round_trip():
 def test_a_batch_may_have_no_head_row():
     head = HeadBatch.of([], [], [], [])
     assert (pack_head(head, rows=2)[:, 0] == BEYOND).all()
+
+
+def test_joint_heads_sample_what_each_would_alone():
+    """Groups lie one behind the other, each up to its last sampled row; one samples nothing."""
+    batches = [
+        HeadBatch.of([1, 0], [30, 31], [7, 8], SAMPLING[:2]),
+        HeadBatch.of([], [], [], []),
+        HeadBatch.of([3], [29], [9], SAMPLING[2:]),
+    ]
+    joint, firsts, num_rows = join_heads(batches)
+    assert (firsts, num_rows) == ((0, 2, 2), 6)
+    packed = pack_head(joint, rows=8)
+    for batch, first in zip(batches, firsts, strict=True):
+        alone = pack_head(batch, rows=4)
+        assert np.array_equal(packed[first + batch.rows_b], alone[batch.rows_b])
+    assert (np.delete(packed, [0, 1, 5], axis=0)[:, 0] == BEYOND).all()
+
+
+def test_padding_pages_do_not_exist():
+    page_ids = pack_page_ids(np.array([7, 0], np.int32), size=4)
+    assert page_ids.tolist() == [7, 0, BEYOND, BEYOND]
 
 
 def test_greedy_rows_alone_make_a_greedy_head():

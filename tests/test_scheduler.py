@@ -7,85 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from paper_backend import VOCAB_SIZE, PaperBackend, expected_output
+from paper_backend import VOCAB_SIZE, Pace, expected_output
+from paper_loop import EOS, Loop, check, make_request
 
-from apex_jax.buckets import choose
-from apex_jax.dispatch import Dispatch
-from apex_jax.request import FinishReason, Request, RequestError, SamplingParams
-from apex_jax.scheduler import Scheduler
-
-PAGE_SIZE = 8
-EOS = frozenset({3})
-
-
-class Loop:
-    """The engine's loop without its set-up: plan, launch, commit the sweep before."""
-
-    def __init__(self, *, num_pages, max_requests, max_prefill_tokens=16, runs_late=True):
-        self.num_pages = num_pages
-        max_model_len = num_pages * PAGE_SIZE
-        buckets = choose(
-            max_requests=max_requests,
-            max_prefill_tokens=max_prefill_tokens,
-            max_model_len=max_model_len,
-            num_pages=num_pages,
-            page_size=PAGE_SIZE,
-        )
-        self.scheduler = Scheduler(
-            buckets=buckets,
-            num_pages=num_pages,
-            max_requests=max_requests,
-            max_model_len=max_model_len,
-            vocab_size=VOCAB_SIZE,
-            eos_token_ids=EOS,
-        )
-        self.backend = PaperBackend(num_pages, PAGE_SIZE, max_requests, runs_late=runs_late)
-        self.dispatch = Dispatch(self.backend, range(0, 6, 3), watchdog_sec=1.0)
-        self.previous = None
-        self.plans = []
-        self.outputs = {}
-
-    def submit(self, request):
-        self.scheduler.submit(request, self.backend.now())
-
-    def step(self):
-        plan = self.scheduler.plan_sweep()
-        launched = None
-        if plan is not None:
-            self.plans.append(plan)
-            launched = self.dispatch.launch(plan)
-        assert plan is not None or self.previous is not None or not self.scheduler.num_unfinished
-        if self.previous is not None:
-            tokens = self.dispatch.read(self.previous)
-            for output in self.scheduler.commit(tokens, self.backend.now()):
-                assert output.request.request_id not in self.outputs
-                self.outputs[output.request.request_id] = output
-        self.previous = launched
-        self.scheduler.check_ledger()
-
-    def run(self):
-        num_steps = 0
-        while self.scheduler.num_unfinished or self.previous is not None:
-            self.step()
-            num_steps += 1
-            assert num_steps < 10_000, self.scheduler.describe()
-        assert self.scheduler.num_in_flight == 0
-
-
-def make_request(name, prompt, max_tokens, **sampling):
-    return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **sampling))
-
-
-def check(output):
-    request = output.request
-    stops = frozenset(request.sampling.stop_token_ids)
-    stops = stops if request.sampling.ignore_eos else stops | EOS
-    expected = expected_output(request.prompt_token_ids, request.sampling.max_tokens, stops)
-    assert list(output.token_ids) == expected
-    ended = FinishReason.STOP if expected[-1] in stops else FinishReason.LENGTH
-    assert output.finish_reason == ended
-    assert output.arrival_sec <= output.first_token_sec <= output.finish_sec
-
+from apex_jax.request import FinishReason, RequestError, SamplingParams
 
 requests = st.builds(
     lambda prompt, max_tokens, ignore_eos, stops: (prompt, max_tokens, ignore_eos, stops),
@@ -102,16 +27,16 @@ requests = st.builds(
     st.integers(8, 24),
     st.integers(1, 9),
     st.sampled_from([16, 64]),
-    st.booleans(),
+    st.sampled_from(Pace),
 )
 def test_tokens_do_not_depend_on_pool_rows_or_chunks(
-    drawn, num_pages, max_requests, max_prefill_tokens, runs_late
+    drawn, num_pages, max_requests, max_prefill_tokens, pace
 ):
     loop = Loop(
         num_pages=num_pages,
         max_requests=max_requests,
         max_prefill_tokens=max_prefill_tokens,
-        runs_late=runs_late,
+        pace=pace,
     )
     for index, (prompt, max_tokens, ignore_eos, stops) in enumerate(drawn):
         loop.submit(
@@ -162,10 +87,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "loop"):
             return
         for plan in self.loop.plans[-5:]:
-            assert plan.batches
+            assert plan.prefill is not None or plan.decode is not None
             if plan.decode is not None:
                 assert len(set(plan.decode.slots_b.tolist())) == len(plan.decode.slots_b)
-                assert len(plan.decode.slots_b) <= self.loop.scheduler.max_requests
+                assert len(plan.decode.slots_b) <= self.loop.scheduler.num_slots
             if plan.prefill is not None:
                 assert plan.prefill.token_ids_bt.size <= 16
                 assert (plan.prefill.lengths_b > 0).all()
@@ -305,8 +230,8 @@ def test_the_ledger_notices_a_lost_page():
     loop = Loop(num_pages=8, max_requests=2)
     loop.submit(make_request("0", [5] * 4, 20, ignore_eos=True))
     loop.step()
-    loop.scheduler._pool.allocate(1)
-    with pytest.raises(RuntimeError, match="pages in use"):
+    loop.scheduler._device.pool.allocate(1)
+    with pytest.raises(RuntimeError, match="device pages in use"):
         loop.scheduler.check_ledger()
 
 

@@ -22,11 +22,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def allocate_pool(
-    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: np.typing.DTypeLike
+    num_pages: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: np.typing.DTypeLike,
+    device: jax.Device | None = None,
 ) -> Float[Array, "p k 2 z h"]:
-    """Return a zeroed pool for one layer on the CPU, in huge pages where the system has them.
+    """Return a zeroed pool for one layer on a CPU, in huge pages where the system has them.
 
-    page_size and head_dim are multiples of 8; 16 divides the page_size of a fast pool.
+    page_size and head_dim are multiples of 8; 16 divides the page_size of a fast pool. device: one
+    of jax.devices("cpu"), None for the first.
     """
     native_library.require_loaded()
     dtype = np.dtype(dtype)
@@ -39,7 +45,7 @@ def allocate_pool(
             raise ValueError(f"{name} = {size}: must be a multiple of 8")
     if dtype.name not in DTYPES:
         raise TypeError(f"dtype = {dtype}: must be one of {', '.join(DTYPES)}")
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(device or jax.devices("cpu")[0]):
         return _allocate((num_pages, num_kv_heads, 2, page_size, head_dim), dtype)
 
 
@@ -93,18 +99,22 @@ def append_and_attend(
     qkv_bjh: Float[Array, "b j h"],
     block_tables_bm: Int32[Array, "b m"],
     lengths_b: Int32[Array, "b"],
+    num_rows: Int32[Array, ""] | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "p k 2 z h"], Float[Array, "b n h"], Float[Array, "b n"]]:
     """Append each row's key and value, then attend, itself included; donates the pool.
 
     qkv_bjh: n query heads, then k key heads, then k value heads (j = n + 2k), so that what crosses
-    from the device is one array. Returns the pool, the output and the log-sum-exp.
+    from the device is one array. num_rows: how many rows count, None for all; the others are
+    padding, neither read nor written, and their results are zero. Returns the pool, the output
+    and the log-sum-exp.
     """
     _check_pool(pool)
     _check_tables(block_tables_bm, lengths_b)
     _check_float("qkv_bjh", qkv_bjh)
     rows, (kv_heads, head_dim) = block_tables_bm.shape[0], (pool.shape[1], pool.shape[4])
     _check_shape("qkv_bjh", qkv_bjh, (rows, None, head_dim))
+    num_rows = _count("num_rows", num_rows, rows)
     num_heads = qkv_bjh.shape[1] - 2 * kv_heads
     if num_heads < 1 or num_heads % kv_heads:
         raise ValueError(
@@ -112,32 +122,41 @@ def append_and_attend(
             f"no multiple of {kv_heads} KV heads"
         )
     scale = _scale(scale, head_dim)
-    return _append_and_attend(pool, qkv_bjh, block_tables_bm, lengths_b, scale)
+    return _append_and_attend(pool, qkv_bjh, block_tables_bm, lengths_b, num_rows, scale)
 
 
 def write_pages(
     pool: Float[Array, "p k 2 z h"],
     pages_ik2zh: Float[Array, "i k 2 z h"],
     page_ids_i: Int32[Array, "i"],
+    num_pages: Int32[Array, ""] | None = None,
 ) -> Float[Array, "p k 2 z h"]:
     """Write whole pages, tokens in order, keys before values; donates the pool.
 
-    Converts to the pool's dtype. Raises for a page that is named twice.
+    Converts to the pool's dtype. num_pages: how many count, None for all; the others are padding.
+    Raises for a page that is named twice.
     """
     _check_pool(pool)
     _check_float("pages_ik2zh", pages_ik2zh)
     _check_int32("page_ids_i", page_ids_i, 1)
     _check_shape("pages_ik2zh", pages_ik2zh, (page_ids_i.shape[0], *pool.shape[1:]))
-    return _write_pages(pool, pages_ik2zh, page_ids_i)
+    num_pages = _count("num_pages", num_pages, page_ids_i.shape[0])
+    return _write_pages(pool, pages_ik2zh, page_ids_i, num_pages)
 
 
 def read_pages(
-    pool: Float[Array, "p k 2 z h"], page_ids_i: Int32[Array, "i"]
+    pool: Float[Array, "p k 2 z h"],
+    page_ids_i: Int32[Array, "i"],
+    num_pages: Int32[Array, ""] | None = None,
 ) -> Float[Array, "i k 2 z h"]:
-    """Return whole pages as write_pages takes them, in the pool's dtype."""
+    """Return whole pages as write_pages takes them, in the pool's dtype.
+
+    num_pages: how many count, None for all; the others are padding, and come back zero.
+    """
     _check_pool(pool)
     _check_int32("page_ids_i", page_ids_i, 1)
-    return _read_pages(pool, page_ids_i)
+    num_pages = _count("num_pages", num_pages, page_ids_i.shape[0])
+    return _read_pages(pool, page_ids_i, num_pages)
 
 
 def _check_pool(pool: Array) -> None:
@@ -173,6 +192,14 @@ def _check_shape(name: str, array: Array, wanted: tuple[int | None, ...]) -> Non
     if not fits:
         text = ", ".join("any" if size is None else str(size) for size in wanted)
         raise ValueError(f"{name}: shape {array.shape}: must be ({text})")
+
+
+def _count(name: str, count: Array | None, most: int) -> Array:
+    """Return how many rows or pages of padded arrays count."""
+    if count is None:
+        return jnp.asarray(most, jnp.int32)
+    _check_int32(name, count, 0)
+    return count
 
 
 def _scale(scale: float | None, head_dim: int) -> float:
@@ -216,22 +243,23 @@ def _attend(pool, q_bnh, block_tables_bm, lengths_b, scale):
     return call(pool, q_bnh, block_tables_bm, lengths_b, scale=np.float32(scale))
 
 
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
-def _append_and_attend(pool, qkv_bjh, block_tables_bm, lengths_b, scale):
+@functools.partial(jax.jit, static_argnums=5, donate_argnums=0)
+def _append_and_attend(pool, qkv_bjh, block_tables_bm, lengths_b, num_rows, scale):
     rows, num_rows_heads, head_dim = qkv_bjh.shape
     num_heads = num_rows_heads - 2 * pool.shape[1]
     results = (_like(pool), *_output_like(qkv_bjh.dtype, rows, num_heads, head_dim))
     call = jax.ffi.ffi_call("apex_append_and_attend", results, input_output_aliases={0: 0})
-    return call(pool, qkv_bjh, block_tables_bm, lengths_b, scale=np.float32(scale))
+    operands = (pool, qkv_bjh, block_tables_bm, lengths_b, num_rows)
+    return call(*operands, scale=np.float32(scale))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_pages(pool, pages_ik2zh, page_ids_i):
+def _write_pages(pool, pages_ik2zh, page_ids_i, num_pages):
     call = jax.ffi.ffi_call("apex_write_pages", _like(pool), input_output_aliases={0: 0})
-    return call(pool, pages_ik2zh, page_ids_i)
+    return call(pool, pages_ik2zh, page_ids_i, num_pages)
 
 
 @jax.jit
-def _read_pages(pool, page_ids_i):
+def _read_pages(pool, page_ids_i, num_pages):
     like = jax.ShapeDtypeStruct((*page_ids_i.shape, *pool.shape[1:]), pool.dtype)
-    return jax.ffi.ffi_call("apex_read_pages", like)(pool, page_ids_i)
+    return jax.ffi.ffi_call("apex_read_pages", like)(pool, page_ids_i, num_pages)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from apex_jax.config import parse_cpus
+
 LIBRARY_NAME = "libapex_host_attention.so"
 HANDLERS = ("allocate", "append", "attend", "append_and_attend", "write_pages", "read_pages")
 
@@ -201,11 +203,7 @@ def _cpus_of_node(numa_node: int) -> list[int]:
     path = pathlib.Path(f"/sys/devices/system/node/node{numa_node}/cpulist")
     if not path.is_file():
         raise ValueError(f"numa_node = {numa_node}: {path} does not exist")
-    cpus: set[int] = set()
-    for part in path.read_text().strip().split(","):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    cpus &= _usable_cpus()
+    cpus = _usable_cpus().intersection(parse_cpus(path.read_text()))
     if not cpus:
         raise ValueError(f"numa_node = {numa_node}: none of its CPUs is usable by this process")
     return sorted(cpus)

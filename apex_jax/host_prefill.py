@@ -1,0 +1,107 @@
+"""Prompts on their way to the host: how they are grouped and cut, and how far a group has come.
+
+A group goes through the device layer by layer, all its chunks in one layer before the next, so that
+only one layer's KV is on the device at a time. Owns that progress. Called by the scheduler. Imports
+no jax.
+"""
+
+from collections.abc import Sequence as AbstractSequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from apex_jax.pages import num_pages_for
+from apex_jax.plan import HeadBatch, HostPrefillBatch, PrefillBatch
+from apex_jax.sequence import Sequence
+
+
+def choose_group(
+    chunks: AbstractSequence[tuple[int, int]], num_remaining: AbstractSequence[int]
+) -> tuple[int, tuple[int, ...]]:
+    """Return how many prompts go together, and the lengths of the chunks they are cut into.
+
+    Several go together where one (rows, tokens) chunk holds them whole; otherwise the first goes
+    alone. num_remaining: tokens of each prompt, oldest first.
+    """
+
+    def num_held(shape: tuple[int, int]) -> int:
+        rows, tokens = shape
+        longer = (row for row, left in enumerate(num_remaining[:rows]) if left > tokens)
+        return next(longer, min(rows, len(num_remaining)))
+
+    rows, tokens = max(chunks, key=lambda one: (num_held(one), -one[0] * one[1]))
+    if num_held((rows, tokens)) > 1:
+        return num_held((rows, tokens)), (tokens,)
+    sizes = sorted(tokens for rows, tokens in chunks if rows == 1)
+    lengths: list[int] = []
+    while (left := num_remaining[0] - sum(lengths)) > 0:
+        lengths.append(next((size for size in sizes if size >= left), sizes[-1]))
+    return 1, tuple(lengths)
+
+
+class PromptGroup:
+    """Sequences that prefill together for the host; their host pages are there already."""
+
+    def __init__(
+        self,
+        sequences: AbstractSequence[Sequence],
+        chunk_tokens: tuple[int, ...],
+        num_layers: int,
+        page_size: int,
+    ):
+        self.sequences = tuple(sequences)
+        counts = [num_pages_for(one.num_tokens, page_size) for one in sequences]
+        pages = [one.pages[:count] for one, count in zip(sequences, counts, strict=True)]
+        self._host_pages_i = np.concatenate(pages).astype(np.int32)
+        self._staging_pages_i = np.arange(len(self._host_pages_i), dtype=np.int32)
+        firsts = np.cumsum([0, *counts[:-1]])
+        # Entries past a row's pages are unspecified, so its neighbour's may stand there.
+        table_bm = (firsts[:, None] + np.arange(max(counts))).astype(np.int32)
+        self._chunks = tuple(_cut(sequences, chunk_tokens, table_bm, page_size))
+        self._num_units = num_layers * len(self._chunks)
+        self._next_unit = 0
+
+    def take(self, budget: int) -> tuple[int, int]:
+        """Return the next units as (first, end): at least one, then as many as the budget allows.
+
+        budget: tokens times layers, padding included.
+        """
+        first = self._next_unit
+        while self._next_unit < self._num_units:
+            budget -= self._chunks[self._next_unit % len(self._chunks)].token_ids_bt.size
+            if budget < 0 and self._next_unit > first:
+                break
+            self._next_unit += 1
+        return first, self._next_unit
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all units have been taken."""
+        return self._next_unit == self._num_units
+
+    def batch(self, units: tuple[int, int], head: HeadBatch | None) -> HostPrefillBatch:
+        return HostPrefillBatch(
+            self._chunks, *units, self._staging_pages_i, self._host_pages_i, head
+        )
+
+
+def _cut(
+    sequences: AbstractSequence[Sequence],
+    chunk_tokens: tuple[int, ...],
+    table_bm: Int32[np.ndarray, "b m"],
+    page_size: int,
+) -> list[PrefillBatch]:
+    """Cut prompts into chunks; where there are several chunks there is one sequence."""
+    batches: list[PrefillBatch] = []
+    start = 0
+    for num_tokens in chunk_tokens:
+        parts = [sequence.token_ids[start : start + num_tokens] for sequence in sequences]
+        token_ids_bt = np.zeros((len(parts), num_tokens), np.int32)
+        for row, part in enumerate(parts):
+            token_ids_bt[row, : len(part)] = part
+        starts_b = np.full(len(parts), start, np.int32)
+        lengths_b = np.array([len(part) for part in parts], np.int32)
+        num_pages = num_pages_for(start + int(lengths_b.max()), page_size)
+        batches.append(PrefillBatch(token_ids_bt, starts_b, lengths_b, table_bm[:, :num_pages]))
+        start += num_tokens
+    return batches
