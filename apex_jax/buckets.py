@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from apex_jax.config import LlamaConfig
-
 MAX_EXECUTABLES = 80
 MAX_ROW_BUCKETS = 6
 # With a host lane every layer has to be left and entered by itself, by the device's rows, by a
@@ -37,29 +35,6 @@ class HostLimits:
     max_cohort_rows: int
     num_staging_pages: int
     max_move_pages: int
-
-    def device_bytes(
-        self,
-        model: LlamaConfig,
-        *,
-        page_size: int,
-        max_prefill_tokens: int,
-        max_transit_pages: int,
-        itemsize: int,
-    ) -> dict[str, int]:
-        """Return what the host lane takes of the device's memory beside its programs, by name.
-
-        max_transit_pages: of one layer, on their way between the lanes at once, padding included.
-        """
-        page_bytes = page_size * model.kv_bytes_per_token(itemsize) // model.num_layers
-        # A group of prompts fills the plane; its last chunk is padded to the shape of its program.
-        group_tokens = self.num_staging_pages * page_size + max_prefill_tokens
-        return {
-            "staging_plane": self.num_staging_pages * page_bytes,
-            # Twice: what the embedding yields is kept until the device is known to have passed it.
-            "prompt_hidden_states": 2 * group_tokens * model.d_model * itemsize,
-            "pages_in_transit": max_transit_pages * page_bytes,
-        }
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ class Workers:
     completions: Completions
     host_lane: HostLane | None
 
+    def describe(self) -> str:
+        """Return what they do, for whoever finds that nothing moves."""
+        workers = (self.completions, self.host_lane)
+        return "; ".join(worker.describe() for worker in workers if worker is not None)
+
     def close(self) -> None:
         if self.host_lane is not None:
             self.host_lane.close()
@@ -114,14 +119,12 @@ class Engine:
                 config, folder, architecture, dtype, memory, shapes, device, host_op=host_op
             )
         )
-        num_slots = config.scheduler.max_requests
-        num_slots += config.scheduler.max_host_requests if has_host else 0
         programs = Programs(
             architecture,
             dtype=dtype,
             buckets=shapes,
             num_pages=memory.num_pages,
-            num_slots=num_slots,
+            num_slots=config.scheduler.max_running,
             num_layers=span_of_layers(architecture.num_layers, config.compile.layers_per_program),
             device=device,
             precision=config.model.precision,
@@ -159,7 +162,7 @@ class Engine:
             programs,
             loaded,
             pages,
-            num_slots,
+            config.scheduler.max_running,
             device,
             completions=workers.completions,
             host_lane=workers.host_lane,
@@ -226,6 +229,13 @@ class Engine:
             self._timeline.rest(self._idle_since_sec, now_sec)
             self._idle_since_sec = None
 
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request without a result; False where there is none of that name."""
+        is_found = self._scheduler.cancel(request_id)
+        if is_found and not self.num_unfinished:
+            self._drain()
+        return is_found
+
     def step(self) -> list[RequestOutput]:
         """Start the next sweep, and return what the one before it finished.
 
@@ -237,7 +247,8 @@ class Engine:
             if not self.num_unfinished:
                 self._drain()
         except StuckError as error:
-            raise StuckError(f"{error}\n{self._scheduler.describe()}\n{_stacks()}") from None
+            where = f"{self._scheduler.describe()}\n{self._workers.describe()}\n{_stacks()}"
+            raise StuckError(f"{error}\n{where}") from None
         return outputs
 
     def close(self) -> None:
@@ -379,7 +390,8 @@ def _make_host_lane(
         page_size=memory.page_size,
         max_sequence_pages=memory.num_staging_pages,
         rows=shapes.host.cohort_rows,
-        page_counts=shapes.host.transit_pages,
+        written_pages={*shapes.host.staging_pages, *shapes.host.move_pages},
+        read_pages=shapes.host.move_pages,
         device=choose_host_device(device),
     )
     if timeline.is_tracing:

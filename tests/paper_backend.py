@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 
 import numpy as np
@@ -76,13 +76,18 @@ class Place(Enum):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows on their way: their new tokens, and the sequences that every layer so far has read."""
+    """Rows on their way: their new tokens, and the sequences that every layer so far has read.
 
-    starts: list[int]
-    tokens: list[list[int]]
+    starts_b, ends_b: positions of the new tokens. Rows of tokens and sequences are padded with
+    NOTHING.
+    """
+
+    starts_b: np.ndarray
+    ends_b: np.ndarray
+    tokens_bt: np.ndarray
     layer: int = 0
     place: Place = Place.BEFORE
-    sequences: list[np.ndarray] | None = None
+    sequences_bs: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -236,19 +241,16 @@ class PaperBackend:
                 [rows] = values
                 assert first_layer + self._span <= self._num_layers, "no such layers"
                 for layer in range(first_layer, first_layer + self._span):
-                    rows = _move(rows, (layer, Place.BEFORE), (layer, Place.ENTERED))
-                    rows = self._attend(self.device_pages[layer], layer, batch, rows)
-                    rows = _move(rows, (layer, Place.ATTENDED), (layer + 1, Place.BEFORE))
+                    rows = self._whole_layer(self.device_pages[layer], layer, batch, rows)
                 return [rows]
             case PreAttention(layer):
                 [rows] = values
                 return [_move(rows, (layer, Place.BEFORE), (layer, Place.ENTERED))]
-            case DeviceAttention(batch, layer):
+            case DeviceAttention(batch, layer) | HostAttention(_, layer, batch):
                 [rows] = values
-                return [self._attend(self.device_pages[layer], layer, batch, rows)]
-            case HostAttention(_, layer, batch):
-                [rows] = values
-                return [self._attend(self.host_pages[layer], layer, batch, rows)]
+                pages = self.device_pages if isinstance(work, DeviceAttention) else self.host_pages
+                read = self._attend(pages[layer], layer, batch, rows)
+                return [_move(rows, (layer, Place.ENTERED), (layer, Place.ATTENDED), read)]
             case PostAttention(layer):
                 [rows] = values
                 return [_move(rows, (layer, Place.ATTENDED), (layer + 1, Place.BEFORE))]
@@ -258,9 +260,7 @@ class PaperBackend:
                 return [_move(rows, came, goes) for rows in values]
             case StagedLayer(batch, layer):
                 [rows] = values
-                rows = _move(rows, (layer, Place.BEFORE), (layer, Place.ENTERED))
-                rows = self._attend(self.staging_pages, layer, batch, rows)
-                return [_move(rows, (layer, Place.ATTENDED), (layer + 1, Place.BEFORE))]
+                return [self._whole_layer(self.staging_pages, layer, batch, rows)]
             case Head(batches):
                 return [
                     self._sample(head, rows) for head, rows in zip(batches, values, strict=True)
@@ -281,59 +281,70 @@ class PaperBackend:
 
     def _embed(self, batch: DecodeBatch | PrefillBatch) -> Rows:
         if isinstance(batch, DecodeBatch):
-            return Rows(_starts(batch), self.tokens_by_slot[batch.slots_b].reshape(-1, 1).tolist())
-        pairs = zip(batch.token_ids_bt.tolist(), batch.lengths_b.tolist(), strict=True)
-        return Rows(_starts(batch), [tokens[:length] for tokens, length in pairs])
+            tokens_bt = self.tokens_by_slot[batch.slots_b][:, None]
+            assert (tokens_bt != NOTHING).all(), "a row's slot holds no token"
+            return Rows(batch.positions_b, batch.positions_b + 1, tokens_bt)
+        is_real_bt = np.arange(batch.token_ids_bt.shape[1]) < batch.lengths_b[:, None]
+        tokens_bt = np.where(is_real_bt, batch.token_ids_bt, NOTHING)
+        return Rows(batch.starts_b, batch.starts_b + batch.lengths_b, tokens_bt)
+
+    def _whole_layer(
+        self, pages: np.ndarray, layer: int, batch: DecodeBatch | PrefillBatch, rows: Rows
+    ) -> Rows:
+        came, goes = (layer, Place.BEFORE), (layer + 1, Place.BEFORE)
+        return _move(rows, came, goes, self._attend(pages, layer, batch, rows))
 
     def _attend(
         self, pages: np.ndarray, layer: int, batch: DecodeBatch | PrefillBatch, rows: Rows
-    ) -> Rows:
+    ) -> np.ndarray:
         """Append the rows' tokens to a layer's pages, and read their whole sequences back."""
-        assert rows.starts == _starts(batch), "attention gets other rows than were embedded"
-        sequences: list[np.ndarray] = []
-        for start, tokens, table in zip(
-            rows.starts, rows.tokens, batch.block_table_bm, strict=True
-        ):
-            # A token's entry names its layer too: one layer's pages never pass as another's.
-            for position, token in enumerate(tokens, start=start):
-                assert 0 <= token < VOCAB_SIZE, "the row's slot holds no token"
-                page, offset = divmod(position, self._page_size)
-                pages[_checked(table[page], pages), offset] = layer * VOCAB_SIZE + token
-            end = start + len(tokens)
-            used = _checked(table[: -(-end // self._page_size)], pages)
-            layers, sequence = np.divmod(pages[used].reshape(-1)[:end], VOCAB_SIZE)
-            assert (layers == layer).all(), f"layer {layer} reads the KV of layers {set(layers)}"
-            sequences.append(sequence)
-        for before, sequence in zip(rows.sequences or sequences, sequences, strict=True):
-            assert np.array_equal(before, sequence), f"layer {layer} reads another sequence"
-        rows = replace(rows, sequences=sequences)
-        return _move(rows, (layer, Place.ENTERED), (layer, Place.ATTENDED))
+        starts_b = batch.positions_b if isinstance(batch, DecodeBatch) else batch.starts_b
+        assert np.array_equal(rows.starts_b, starts_b), "other rows attend than were embedded"
+        rows_i, new_i = np.nonzero(rows.tokens_bt != NOTHING)
+        entry_i, offset_i = np.divmod(starts_b[rows_i] + new_i, self._page_size)
+        written_i = _checked(batch.block_table_bm[rows_i, entry_i], pages)
+        # A token's entry names its layer too: one layer's pages never pass as another's.
+        pages[written_i, offset_i] = layer * VOCAB_SIZE + rows.tokens_bt[rows_i, new_i]
+
+        entry_s, offset_s = np.divmod(np.arange(rows.ends_b.max()), self._page_size)
+        is_real_bs = np.arange(len(entry_s)) < rows.ends_b[:, None]
+        pages_bs = np.where(is_real_bs, batch.block_table_bm[:, entry_s], 0)
+        layers_bs, tokens_bs = np.divmod(pages[_checked(pages_bs, pages), offset_s], VOCAB_SIZE)
+        layers = set(layers_bs[is_real_bs].tolist())
+        assert layers == {layer}, f"layer {layer} reads the KV of layers {layers}"
+        sequences_bs = np.where(is_real_bs, tokens_bs, NOTHING)
+        before_bs = sequences_bs if rows.sequences_bs is None else rows.sequences_bs
+        assert np.array_equal(before_bs, sequences_bs), f"layer {layer} reads other sequences"
+        return sequences_bs
 
     def _sample(self, head: HeadBatch, rows: Rows) -> np.ndarray:
-        assert (rows.layer, rows.place) == (self._num_layers, Place.BEFORE), (
-            "not through all layers"
+        stood = (rows.layer, rows.place)
+        assert stood == (self._num_layers, Place.BEFORE), f"sampled at {stood}"
+        assert rows.sequences_bs is not None
+        ends_b = rows.ends_b[head.rows_b]
+        assert np.array_equal(ends_b, head.positions_b), "not the positions that come next"
+        tokens_b = np.array(
+            [
+                next_token(rows.sequences_bs[row, :end].tolist())
+                for row, end in zip(head.rows_b, ends_b, strict=True)
+            ],
+            np.int32,
         )
-        assert rows.sequences is not None
-        tokens: list[int] = []
-        for row, slot, position in zip(head.rows_b, head.slots_b, head.positions_b, strict=True):
-            sequence = rows.sequences[row]
-            assert len(sequence) == position, "the sampled position is not the next one"
-            tokens.append(next_token(sequence.tolist()))
-            self.tokens_by_slot[slot] = tokens[-1]
-        return np.array(tokens, np.int32)
+        self.tokens_by_slot[head.slots_b] = tokens_b
+        return tokens_b
 
 
-def _starts(batch: DecodeBatch | PrefillBatch) -> list[int]:
-    return (batch.positions_b if isinstance(batch, DecodeBatch) else batch.starts_b).tolist()
-
-
-def _move(rows: Rows, came: tuple[int, Place], goes: tuple[int, Place]) -> Rows:
+def _move(
+    rows: Rows, came: tuple[int, Place], goes: tuple[int, Place], read: np.ndarray | None = None
+) -> Rows:
+    """Let rows go on, from where they must have come; `read` is what attention read."""
     assert (rows.layer, rows.place) == came, f"rows at {rows.layer}, {rows.place}; not {came}"
-    return replace(rows, layer=goes[0], place=goes[1])
+    sequences_bs = rows.sequences_bs if read is None else read
+    return Rows(rows.starts_b, rows.ends_b, rows.tokens_bt, *goes, sequences_bs)
 
 
-def _checked(pages_i: np.ndarray, pages: np.ndarray) -> np.ndarray:
+def _checked(page_ids: np.ndarray, pages: np.ndarray) -> np.ndarray:
     """Return page ids that are in the pool: numpy would take negative ones for the last."""
-    assert (pages_i >= 0).all(), f"page ids {pages_i}"
-    assert (pages_i < len(pages)).all(), f"page ids {pages_i} of {len(pages)}"
-    return pages_i
+    is_there = (page_ids >= 0) & (page_ids < len(pages))
+    assert is_there.all(), f"page ids {page_ids[~is_there]} of {len(pages)}"
+    return page_ids

@@ -1,6 +1,5 @@
 """Buckets: within the budget of executables, and large enough for every batch there can be."""
 
-import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -17,7 +16,6 @@ from apex_jax.buckets import (
     fullest_chunk,
     smallest_that_holds,
 )
-from apex_jax.config import LlamaConfig
 from apex_jax.pages import num_pages_for
 
 
@@ -151,27 +149,6 @@ def test_the_host_lane_of_the_usual_job():
     assert len(buckets.context_pages) == 3
     assert len(buckets.boundaries) == 4 + 3 * 4
     assert buckets.num_executables == 110
-
-
-def test_bytes_of_the_host_lane_are_those_of_its_arrays():
-    model = LlamaConfig(
-        num_layers=3,
-        d_model=64,
-        d_ffn=96,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        vocab_size=100,
-        max_position_embeddings=128,
-    )
-    limits = HostLimits(max_cohort_rows=4, num_staging_pages=10, max_move_pages=5)
-    assert limits.device_bytes(
-        model, page_size=8, max_prefill_tokens=32, max_transit_pages=20, itemsize=2
-    ) == {
-        "staging_plane": 2 * np.zeros((10, 2, 8, 16), np.float16).nbytes,
-        "prompt_hidden_states": 2 * np.zeros((10 * 8 + 32, 64), np.float16).nbytes,
-        "pages_in_transit": np.zeros((20, 2, 2, 8, 16), np.float16).nbytes,
-    }
 
 
 def test_the_usual_job():
