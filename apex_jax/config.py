@@ -140,6 +140,11 @@ class SchedulerConfig:
     def has_host_lane(self) -> bool:
         return self.strategy != "device_only"
 
+    @property
+    def max_running(self) -> int:
+        """Requests that may run at once, in both lanes together."""
+        return self.max_requests + (self.max_host_requests if self.has_host_lane else 0)
+
 
 @dataclass
 class SamplingDefaults:

@@ -119,14 +119,12 @@ class Engine:
                 config, folder, architecture, dtype, memory, shapes, device, host_op=host_op
             )
         )
-        num_slots = config.scheduler.max_requests
-        num_slots += config.scheduler.max_host_requests if has_host else 0
         programs = Programs(
             architecture,
             dtype=dtype,
             buckets=shapes,
             num_pages=memory.num_pages,
-            num_slots=num_slots,
+            num_slots=config.scheduler.max_running,
             num_layers=span_of_layers(architecture.num_layers, config.compile.layers_per_program),
             device=device,
             precision=config.model.precision,
@@ -164,7 +162,7 @@ class Engine:
             programs,
             loaded,
             pages,
-            num_slots,
+            config.scheduler.max_running,
             device,
             completions=workers.completions,
             host_lane=workers.host_lane,
@@ -230,6 +228,13 @@ class Engine:
         if self._idle_since_sec is not None:
             self._timeline.rest(self._idle_since_sec, now_sec)
             self._idle_since_sec = None
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request without a result; False where there is none of that name."""
+        is_found = self._scheduler.cancel(request_id)
+        if is_found and not self.num_unfinished:
+            self._drain()
+        return is_found
 
     def step(self) -> list[RequestOutput]:
         """Start the next sweep, and return what the one before it finished.

@@ -31,7 +31,7 @@ from apex_jax.plan import (
     SweepPlan,
 )
 from apex_jax.policies import DeviceLoad, DeviceOnly, Policy
-from apex_jax.request import Request, RequestError, RequestOutput
+from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
 from apex_jax.sequence import Lane, Sequence
 
 MAX_PROMOTIONS = 2  # at once: a sequence on its way does not decode, and they travel one by one
@@ -187,6 +187,17 @@ class Scheduler:
                 token_ids=list(prompt),
             )
         )
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request without a result; False where there is none of that name."""
+        live = itertools.chain(self._waiting, *(room.sequences for room in self._rooms))
+        for sequence in live:
+            if sequence.request.request_id == request_id and sequence.finish_reason is None:
+                sequence.finish_reason = FinishReason.CANCELLED
+                self._num_unfinished -= 1
+                self._vacate_if_over(sequence)
+                return True
+        return False
 
     # The verbs of the engine's loop
 
@@ -441,7 +452,10 @@ class Scheduler:
             sequence.is_decoding = True
         self._group = None
         sequences = list(group.sequences)
-        return group.batch(units, self._plan_head(range(len(sequences)), sequences, flight))
+        head = self._plan_head(range(len(sequences)), sequences, flight)
+        for sequence in sequences:
+            self._vacate_if_over(sequence)  # it was cancelled on its way
+        return group.batch(units, head)
 
     def _form_cohorts(
         self, decoding: list[Sequence], prefill: PrefillBatch | None
@@ -557,8 +571,10 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=lambda one: one.index)
 
     def _vacate_if_over(self, sequence: Sequence) -> None:
-        """Take what an ended sequence has, unless a token or a move of it is still under way."""
-        if sequence.finish_reason is None or sequence.cohort_id is not None or sequence.is_moving:
+        """Take what an ended sequence has, unless something of it is still under way."""
+        is_in_group = self._group is not None and sequence in self._group.sequences
+        is_under_way = sequence.cohort_id is not None or sequence.is_moving or is_in_group
+        if sequence.finish_reason is None or is_under_way:
             return
         if sequence.lane is None:  # it was pre-empted while its last token was in flight
             self._waiting.remove(sequence)
