@@ -24,7 +24,6 @@ from absl import app, flags
 
 from apex_jax import kv_cache, packing
 from apex_jax.backends.completions import Completions
-from apex_jax.backends.completions import Completions
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import PAGES_PER_BLOCK, Buckets
 from apex_jax.dispatch import Dispatch
@@ -33,7 +32,6 @@ from apex_jax.lowering import ProgramKey
 from apex_jax.memory import GIB, free_device_bytes
 from apex_jax.models import weights
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch, SweepPlan
-from apex_jax.policies import DeviceOnly
 from apex_jax.policies import DeviceOnly
 from apex_jax.programs import Programs, span_of_layers
 from apex_jax.request import SamplingParams
@@ -142,10 +140,6 @@ class Bench:
 
     def _cap_pages(self, cap_gib: float) -> int:
         return int(cap_gib * GIB) // self.page_bytes
-
-    @cached_property
-    def completions(self) -> Completions:
-        return Completions(lambda *_, **__: None)
 
     @cached_property
     def weights(self) -> Any:
