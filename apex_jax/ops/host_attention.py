@@ -3,8 +3,9 @@
 One pool holds one layer's pages, `[p, k, 2, z, h]`: keys and values of a KV head side by side. How
 elements lie inside a page is the native code's business (cpu_ops/layout.h); read_pages and
 write_pages translate. Functions that write take the pool first, donate it and return it: keep the
-returned one. Call native_library.load() before any of them. Values (page ids, lengths) are checked
-when a call runs, shapes and dtypes when it is traced.
+returned one. Call native_library.load() before any of them. Shapes and dtypes are checked when a
+call is traced, values (page ids, lengths) when it runs. A lone call finds them wrong before it
+gives the pool away; inside a larger program, or compiled ahead of time, the pool is lost by then.
 """
 
 import functools
@@ -62,6 +63,7 @@ def append(
         _check_shape(name, array, (rows, kv_heads, head_dim))
     if k_bkh.dtype != v_bkh.dtype:
         raise TypeError(f"v_bkh: dtype {v_bkh.dtype}, but k_bkh has {k_bkh.dtype}")
+    _check_append_values(pool, block_tables_bm, lengths_b)
     return _append(pool, k_bkh, v_bkh, block_tables_bm, lengths_b)
 
 
@@ -111,6 +113,7 @@ def append_and_attend(
             f"qkv_bjh: {qkv_bjh.shape[1]} heads leave {num_heads} query heads: "
             f"no multiple of {kv_heads} KV heads"
         )
+    _check_append_values(pool, block_tables_bm, lengths_b)
     scale = _scale(scale, head_dim)
     return _append_and_attend(pool, qkv_bjh, block_tables_bm, lengths_b, scale)
 
@@ -128,6 +131,8 @@ def write_pages(
     _check_float("pages_ik2zh", pages_ik2zh)
     _check_int32("page_ids_i", page_ids_i, 1)
     _check_shape("pages_ik2zh", pages_ik2zh, (page_ids_i.shape[0], *pool.shape[1:]))
+    if not _is_traced(pool, page_ids_i):
+        native_library.check_written_pages(pool.shape[0], np.asarray(page_ids_i))
     return _write_pages(pool, pages_ik2zh, page_ids_i)
 
 
@@ -152,6 +157,17 @@ def _check_tables(block_tables_bm: Array, lengths_b: Array) -> None:
     _check_int32("block_tables_bm", block_tables_bm, 2)
     _check_int32("lengths_b", lengths_b, 1)
     _check_shape("lengths_b", lengths_b, block_tables_bm.shape[:1])
+
+
+def _check_append_values(pool: Array, block_tables_bm: Array, lengths_b: Array) -> None:
+    """Raise what the call would raise, while the pool is still the caller's."""
+    if not _is_traced(pool, block_tables_bm, lengths_b):
+        values = np.asarray(block_tables_bm), np.asarray(lengths_b)
+        native_library.check_append(pool.shape[0], pool.shape[3], *values)
+
+
+def _is_traced(*arrays: Array) -> bool:
+    return any(isinstance(array, Tracer) for array in arrays)
 
 
 def _check_float(name: str, array: Array) -> None:
