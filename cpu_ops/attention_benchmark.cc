@@ -3,7 +3,7 @@
 //   attention_benchmark [key=value ...]
 //     kv_heads=8 group=4 head_dim=128 dtype=bf16 page=64 context=1024 batch=16 threads=1 isa=
 //     rounds=9 queries=      fp32, fp16 or bf16; as the KV if empty
-//     count=0                1: instead of timing, count the instructions of one call
+//     count=0                1: also count the instructions of one call (ten seconds a million)
 //
 // The KV is a pool of at least `pool_mib` (2304), whose pages are dealt out at random; every call
 // attends to another part of it, so that no cache serves it, unless pool_mib is small. Prints one
@@ -78,13 +78,15 @@ const char* Parse(int argc, char** argv, Settings* settings) {
   return nullptr;
 }
 
-void Print(const Settings& settings, const std::vector<Contestant>& contestants) {
+// per_line: instructions for 64 bytes of KV, negative if they were not counted.
+void Print(const Settings& settings, const std::vector<Contestant>& contestants, double per_line) {
   std::printf("{");
   for (const auto& [key, value] : settings) {
     const bool is_number = !value.empty() && value.find_first_not_of("0123456789") == value.npos;
     std::printf("\"%s\": %s%s%s, ", key.c_str(), is_number ? "" : "\"", value.c_str(),
                 is_number ? "" : "\"");
   }
+  if (per_line >= 0) std::printf("\"instructions_per_64_bytes\": %.2f, ", per_line);
   const char* separator = "";
   for (const Contestant& one : contestants) {
     std::printf("%s\"%s\": {\"least_microseconds_per_call\": %.2f, \"gb_per_sec\": [", separator,
@@ -148,14 +150,6 @@ int Main(int argc, char** argv) {
     op.Attend(pool, {q.data(), q_dtype, num_heads * shape.head_dim}, num_heads, scale, tables,
               {out.data(), lse.data()});
   };
-  if (number("count") != 0) {
-    attend(0);  // allocates
-    const int64_t instructions = CountInstructions([&] { attend(0); });
-    std::printf("%s %s group %lld: %lld instructions, %.2f per 64 bytes of KV\n", isa->name,
-                settings["dtype"].c_str(), number("group"), static_cast<long long>(instructions),
-                instructions / (kv_bytes / 64));
-    return instructions < 0;
-  }
   volatile uint64_t sink = 0;
   std::vector<Contestant> contestants = {
       {"read", static_cast<double>(slice_bytes),
@@ -179,7 +173,9 @@ int Main(int argc, char** argv) {
   for (int64_t round = 0; round < number("rounds"); ++round) {
     for (Contestant& contestant : contestants) contestant.Time(num_slices);
   }
-  Print(settings, contestants);
+  const int64_t instructions =
+      number("count") == 0 ? -1 : CountInstructions([&] { attend(0); });
+  Print(settings, contestants, instructions / (kv_bytes / 64));
   std::free(pool.data);
   return 0;
 }
