@@ -5,13 +5,13 @@
 Each cell (head shape, dtype, instruction set, threads, context, batch) reads KV from memory only:
 calls rotate over more than 2 GiB. A round times every contestant in turn, so noise meets all alike;
 what counts is the median over rounds of (KV bytes per second) / (bytes per second of reading the
-same memory in order with the same threads). Rounds in which other processes took CPU time are taken
-again, and each row says how much they had in those that were kept. Contestants, one layer a call: `jit`, attend as a user
-calls it; `compiled`, append and attend compiled ahead of time with the pool donated, as the engine
-calls it; `torch_sdpa`, the fastest of torch's formulations where torch is installed; `jnp` under
-jit. With --native also, interleaved with a reader of its own, `kernel`, the op without XLA, and
-ggml's flash attention where the native benchmark was built with it (cpu_ops/README.md); and a group
-of rows that tells where the limit lies.
+same memory in order with the same threads). Rounds in which other processes took CPU time are
+taken again, and each row says how much they had in those that were kept. Contestants, one layer a
+call: `jit`, attend as a user calls it; `compiled`, append and attend compiled ahead of time with
+the pool donated, as the engine calls it; `torch_sdpa`, the fastest of torch's formulations where
+torch is installed; `jnp` under jit. With --native also, interleaved with a reader of its own,
+`kernel`, the op without XLA, and ggml's flash attention where the native benchmark was built with
+it (cpu_ops/README.md); and a group of rows that tells where the limit lies.
 """
 
 import functools
@@ -355,11 +355,14 @@ def call_overhead(op: native_library.HostOp) -> Iterator[Row]:
     steps = {"jit": (jit, 1), "compiled": (as_the_engine, 1), "in_one_program": (inside, 200)}
     for name, (step, calls) in steps.items():
         step()
-        samples = [1e6 / calls / calls_per_sec(step, 0.1) for _ in range(9)]
-        yield {"call": name, "microseconds": statistics.median(samples)}
+        samples, share = quietest(functools.partial(calls_per_sec, step, 0.1), 9)
+        microseconds = 1e6 / calls / statistics.median(samples)
+        yield {"call": name, "microseconds": microseconds, "others_cpu_share": share}
     if _NATIVE.value:
-        found = run_native((1, 1, 8), "bfloat16", 1, 1, op)
-        yield {"call": "kernel", "microseconds": found["attend"]["least_microseconds_per_call"]}
+        run = functools.partial(run_native, (1, 1, 8), "bfloat16", 1, 1, op)
+        (found,), share = quietest(run, 1)
+        microseconds = found["attend"]["least_microseconds_per_call"]
+        yield {"call": "kernel", "microseconds": microseconds, "others_cpu_share": share}
 
 
 def limits(op: native_library.HostOp) -> Iterator[Row]:
