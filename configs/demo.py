@@ -7,7 +7,9 @@ from pathlib import Path
 
 from apex_jax.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 
-KV_BYTES = 3 * 2**20  # 48 pages of 16 tokens: five of the demo's requests, the others go to the host
+KV_BYTES = (
+    3 * 2**20
+)  # 48 pages of 16 tokens: five of the demo's requests, the others go to the host
 
 
 def get_config() -> Config:
