@@ -123,6 +123,8 @@ class SchedulerConfig:
     max_prefill_tokens: prompt tokens per sweep; long prompts are cut into chunks of this size.
     max_model_len: prompt plus output tokens a request may reach; None is the model's own limit, or
         what the KV cache holds where that is less.
+    watchdog_sec: how long nothing may move before the job is failed; a sweep takes seconds at the
+        worst, a first use of a GPU library some more.
     """
 
     strategy: str = "device_only"
@@ -132,10 +134,16 @@ class SchedulerConfig:
     max_host_requests: int = 128
     max_prefill_tokens: int = 512
     max_model_len: int | None = None
+    watchdog_sec: float = 300.0
 
     @property
     def has_host_lane(self) -> bool:
         return self.strategy != "device_only"
+
+    @property
+    def max_running(self) -> int:
+        """Requests that may run at once, in both lanes together."""
+        return self.max_requests + (self.max_host_requests if self.has_host_lane else 0)
 
 
 @dataclass
@@ -262,6 +270,8 @@ def validate(config: Config) -> None:
     )
     limit = scheduler.max_model_len
     _require(limit is None or limit > 1, "scheduler.max_model_len", limit, "at least 2")
+    watchdog_sec = scheduler.watchdog_sec
+    _require(watchdog_sec > 0, "scheduler.watchdog_sec", watchdog_sec, "above 0")
     platform = config.device.platform
     _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
     _validate_host(config.host)

@@ -7,29 +7,39 @@ settings that cannot be honoured. Called by the batch job.
 
 import os
 import resource
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from apex_jax import buckets, kv_cache
+from apex_jax.backends.completions import Completions
+from apex_jax.backends.host_lane import HostLane, load_host_op
+from apex_jax.backends.host_programs import HostPrograms, choose_host_device
 from apex_jax.backends.xla import XlaBackend
-from apex_jax.config import Config, ConfigError, LlamaConfig, validate
+from apex_jax.calibration import calibrate
+from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus, validate
 from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
-from apex_jax.memory import GIB, MemoryPlan, check_programs, plan_memory
+from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs, plan_memory
 from apex_jax.models import weights
 from apex_jax.models.hf_config import ModelFolder, read_model_folder
+from apex_jax.ops import native_library
+from apex_jax.placement import choose_device, choose_dtype, describe_plan, format_size
+from apex_jax.policies import cohort_rows, make_policy
 from apex_jax.programs import Programs, span_of_layers
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
+from apex_jax.timeline import Timeline
 
-WATCHDOG_SEC = 300.0  # a sweep takes seconds at the worst; a first use of a GPU library some more
 REPORT_SEC = 2.0
+THREAD_SPANS = 65536  # of each thread of the op; they are taken twice a second
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,26 @@ class LoadedModel:
     architecture: LlamaConfig
 
 
+@dataclass(frozen=True)
+class Workers:
+    """The threads beside Python's own, to be closed with the engine."""
+
+    completions: Completions
+    host_lane: HostLane | None
+
+    def describe(self) -> str:
+        """Return what they do, for whoever finds that nothing moves."""
+        workers = (self.completions, self.host_lane)
+        return "; ".join(worker.describe() for worker in workers if worker is not None)
+
+    def close(self) -> None:
+        if self.host_lane is not None:
+            self.host_lane.close()
+        self.completions.close()
+
+
 class Engine:
-    """Continuous batching of requests on one device."""
+    """Continuous batching of requests on one device, with or without a host lane beside it."""
 
     def __init__(
         self,
@@ -53,17 +81,26 @@ class Engine:
         programs: Programs,
         memory: MemoryPlan,
         device: jax.Device,
+        timeline: Timeline,
+        workers: Workers,
         setup_sec: dict[str, float],
     ):
         self.model, self.memory, self.programs = model, memory, programs
-        self._scheduler, self._dispatch = scheduler, dispatch
-        self._device, self._setup_sec = device, setup_sec
+        self._scheduler, self._dispatch, self._timeline = scheduler, dispatch, timeline
+        self._device, self._workers, self._setup_sec = device, workers, setup_sec
         self._previous: SweepHandle | None = None
+        self._idle_since_sec: float | None = time.perf_counter()
 
     @classmethod
-    def create(cls, config: Config, on_progress: Callable[[str], None]) -> "Engine":
+    def create(
+        cls,
+        config: Config,
+        on_progress: Callable[[str], None],
+        timeline: Timeline | None = None,
+    ) -> "Engine":
         """Load the model, take its memory, compile; ConfigError says what cannot be had."""
         validate(config)
+        timeline = Timeline() if timeline is None else timeline
         device = choose_device(config.device.platform)
         folder = _read_folder(config)
         architecture = folder.architecture if folder else config.model.architecture
@@ -74,20 +111,20 @@ class Engine:
         if config.compile.cache_dir:
             _use_cache(Path(config.compile.cache_dir).expanduser())
 
-        shapes = buckets.choose(
-            max_requests=config.scheduler.max_requests,
-            max_prefill_tokens=config.scheduler.max_prefill_tokens,
-            max_model_len=memory.max_model_len,
-            num_pages=memory.num_pages,
-            page_size=memory.page_size,
+        has_host = config.scheduler.has_host_lane
+        shapes = _choose_buckets(config, memory)
+        host_op = load_host_op(config.host) if has_host else None
+        on_progress(
+            describe_plan(
+                config, folder, architecture, dtype, memory, shapes, device, host_op=host_op
+            )
         )
-        on_progress(_describe_plan(config, folder, architecture, dtype, memory, shapes, device))
         programs = Programs(
             architecture,
             dtype=dtype,
             buckets=shapes,
             num_pages=memory.num_pages,
-            num_slots=config.scheduler.max_requests,
+            num_slots=config.scheduler.max_running,
             num_layers=span_of_layers(architecture.num_layers, config.compile.layers_per_program),
             device=device,
             precision=config.model.precision,
@@ -107,18 +144,59 @@ class Engine:
             on_progress(f"loading weights from {folder.path}")
             loaded = weights.load(folder.path, architecture, dtype, device)
             fingerprint = weights.fingerprint(folder.path)
-        pages = kv_cache.allocate(architecture, memory.num_pages, memory.page_size, dtype, device)
-        jax.block_until_ready((loaded, pages))
+        cache_shape = (architecture, memory.page_size, dtype, device)
+        pages = kv_cache.allocate(architecture, memory.num_pages, *cache_shape[1:])
+        staging = None
+        if has_host:
+            staging = kv_cache.allocate_layer(
+                architecture, memory.num_staging_pages, *cache_shape[1:]
+            )
+        jax.block_until_ready((loaded, pages, staging))
+        workers = Workers(
+            Completions(timeline.span),
+            _make_host_lane(architecture, dtype, memory, shapes, device, config, timeline),
+        )
         setup_sec["load"] = time.perf_counter() - start_sec
 
-        backend = XlaBackend(programs, loaded, pages, config.scheduler.max_requests, device)
+        backend = XlaBackend(
+            programs,
+            loaded,
+            pages,
+            config.scheduler.max_running,
+            device,
+            completions=workers.completions,
+            host_lane=workers.host_lane,
+            staging=staging,
+        )
+        policy = make_policy(
+            config.scheduler,
+            lambda: calibrate(
+                backend,
+                shapes,
+                num_layers=architecture.num_layers,
+                num_pages=memory.num_pages,
+                num_host_pages=memory.num_host_pages,
+            ),
+        )
         scheduler = Scheduler(
             buckets=shapes,
+            num_layers=architecture.num_layers,
             num_pages=memory.num_pages,
             max_requests=config.scheduler.max_requests,
             max_model_len=memory.max_model_len,
             vocab_size=architecture.vocab_size,
             eos_token_ids=folder.eos_token_ids if folder else frozenset(),
+            policy=policy,
+            num_host_pages=memory.num_host_pages,
+            max_host_requests=config.scheduler.max_host_requests if has_host else 0,
+        )
+        dispatch = Dispatch(
+            backend,
+            policy,
+            num_layers=architecture.num_layers,
+            layers_per_program=programs.num_layers,
+            watchdog_sec=config.scheduler.watchdog_sec,
+            max_transit_pages=MAX_TRANSIT_PAGES,
         )
         model = LoadedModel(
             name=folder.path.name if folder else "dummy",
@@ -126,8 +204,9 @@ class Engine:
             dtype=dtype.name,
             architecture=architecture,
         )
-        dispatch = Dispatch(backend, programs.first_layers, WATCHDOG_SEC)
-        return cls(model, scheduler, dispatch, programs, memory, device, setup_sec)
+        return cls(
+            model, scheduler, dispatch, programs, memory, device, timeline, workers, setup_sec
+        )
 
     @property
     def num_unfinished(self) -> int:
@@ -144,20 +223,37 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request; RequestError if it could never run."""
-        self._scheduler.submit(request, time.perf_counter())
+        now_sec = time.perf_counter()
+        self._scheduler.submit(request, now_sec)
+        if self._idle_since_sec is not None:
+            self._timeline.rest(self._idle_since_sec, now_sec)
+            self._idle_since_sec = None
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request without a result; False where there is none of that name."""
+        is_found = self._scheduler.cancel(request_id)
+        if is_found and not self.num_unfinished:
+            self._drain()
+        return is_found
 
     def step(self) -> list[RequestOutput]:
-        """Start the next sweep, and return what the one before it finished."""
-        plan = self._scheduler.plan_sweep()
-        launched = self._dispatch.launch(plan) if plan is not None else None
-        if launched is None and self._previous is None and self.num_unfinished:
-            raise StuckError(f"nothing runs and nothing can start: {self._scheduler.describe()}")
-        outputs = self._commit_previous()
-        self._previous = launched
-        if not self.num_unfinished:
-            self._commit_previous()  # the surplus sweep of the last request to stop
-            self._scheduler.check_ledger()
+        """Start the next sweep, and return what the one before it finished.
+
+        Raises StuckError where nothing moves any more, and what made a host job fail; the engine
+        is of no use after that.
+        """
+        try:
+            outputs = self._step()
+            if not self.num_unfinished:
+                self._drain()
+        except StuckError as error:
+            where = f"{self._scheduler.describe()}\n{self._workers.describe()}\n{_stacks()}"
+            raise StuckError(f"{error}\n{where}") from None
         return outputs
+
+    def close(self) -> None:
+        """End the threads and free the host's memory; the engine is of no use after that."""
+        self._workers.close()
 
     def describe(self) -> str:
         """Return what setting up came to, in a line; the plan was printed before."""
@@ -165,7 +261,7 @@ class Engine:
         return (
             f"programs   {len(programs.compile_sec)} executables, {programs.num_layers} layers in "
             f"each, ready in {self._setup_sec['compile']:.1f} s, scratch "
-            f"{_size(programs.temp_bytes)}; weights in {self._setup_sec['load']:.1f} s"
+            f"{format_size(programs.temp_bytes)}; weights in {self._setup_sec['load']:.1f} s"
         )
 
     def metrics(self) -> dict[str, Any]:
@@ -175,7 +271,7 @@ class Engine:
         device_stats = self._device.memory_stats() or {}  # a CPU has none: its peak is the host's
         if "peak_bytes_in_use" in device_stats:
             peak_bytes["device"] = device_stats["peak_bytes_in_use"]
-        return {
+        metrics: dict[str, Any] = {
             "compile_sec": self._setup_sec["compile"],
             "compile_sec_by_program": {
                 str(key): seconds for key, seconds in self.programs.compile_sec.items()
@@ -195,75 +291,114 @@ class Engine:
             "max_pages": stats.max_pages,
             "num_pages": memory.num_pages,
         }
+        if memory.num_host_pages:
+            metrics["planned_bytes"]["host_kv_cache"] = memory.host_pool_bytes
+            metrics["planned_bytes"]["host_lane_on_device"] = memory.lane_bytes
+            dispatched = self._dispatch.stats
+            metrics["hybrid"] = {
+                "num_merges": dispatched.num_merges,
+                "num_extra_passes": dispatched.num_extra_passes,
+                "num_joint_heads": dispatched.num_joint_heads,
+                "num_head_passes": dispatched.num_head_passes,
+                "num_late": dispatched.num_late,
+                "num_host_jobs": dispatched.num_host_jobs,
+                "num_moves": {str(name): count for name, count in dispatched.num_moves.items()},
+                "num_host_tokens": stats.num_host_tokens,
+                "num_host_prefilled_tokens": stats.num_host_prefilled_tokens,
+                "max_host_running": stats.max_host_running,
+                "max_host_pages": stats.max_host_pages,
+                "num_host_pages": memory.num_host_pages,
+                **self._timeline.figures().to_json(),
+            }
+        return metrics
+
+    def _step(self) -> list[RequestOutput]:
+        """Plan, launch, commit the sweep before."""
+        timeline, scheduler = self._timeline, self._scheduler
+        begin_sec = time.perf_counter()
+        plan = scheduler.plan_sweep()
+        planned_sec = time.perf_counter()
+        launched = None
+        if plan is not None:
+            args: dict[str, Any] = {"sweep": plan.sweep_id}
+            if timeline.is_tracing:
+                args["requests"] = scheduler.requests_by_group()
+            timeline.span("scheduler", "plan", begin_sec, planned_sec, **args)
+            launched = self._dispatch.launch(plan)
+            scheduler.launched(launched.sampled_cohorts, launched.finished_moves)
+            timeline.span("dispatch", "launch", planned_sec, time.perf_counter(), **args)
+        elif self._previous is None and not scheduler.is_idle:
+            raise StuckError("nothing runs and nothing can start")
+        outputs = self._commit_previous()
+        self._previous = launched
+        return outputs
+
+    def _drain(self) -> None:
+        """Carry to its end what no request waits for any more, and see that nothing is lost."""
+        while self._previous is not None or not self._scheduler.is_idle:
+            surplus = self._step()
+            assert not surplus, f"{len(surplus)} requests finished twice"
+        self._scheduler.check_ledger()
+        self._idle_since_sec = time.perf_counter()
 
     def _commit_previous(self) -> list[RequestOutput]:
         if self._previous is None:
             return []
         tokens_b = self._dispatch.read(self._previous)
         self._previous = None
-        return self._scheduler.commit(tokens_b, time.perf_counter())
+        start_sec = time.perf_counter()
+        outputs = self._scheduler.commit(tokens_b, start_sec)
+        self._timeline.span("scheduler", "commit", start_sec, time.perf_counter())
+        return outputs
 
 
-def _describe_plan(
-    config: Config,
-    folder: ModelFolder | None,
-    shape: LlamaConfig,
+def _choose_buckets(config: Config, memory: MemoryPlan) -> buckets.Buckets:
+    """Return the shapes to compile for what the memory holds."""
+    limits = None
+    if memory.num_host_pages:
+        limits = buckets.HostLimits(
+            max_cohort_rows=cohort_rows(config.scheduler),
+            num_staging_pages=memory.num_staging_pages,
+            max_move_pages=min(memory.num_staging_pages, memory.num_pages),
+        )
+    return buckets.choose(
+        max_requests=config.scheduler.max_requests,
+        max_prefill_tokens=config.scheduler.max_prefill_tokens,
+        max_model_len=memory.max_model_len,
+        num_pages=memory.num_pages,
+        page_size=memory.page_size,
+        host=limits,
+    )
+
+
+def _make_host_lane(
+    architecture: LlamaConfig,
     dtype: np.dtype,
     memory: MemoryPlan,
     shapes: buckets.Buckets,
     device: jax.Device,
-) -> str:
-    """Return the effective plan, a few lines, before any work begins."""
-    name = folder.path.name if folder else "no folder"
-    source = "dummy weights" if config.model.weights == "dummy" else "its weights"
-    free = "unknown" if memory.free_bytes is None else _size(memory.free_bytes)
-    max_rows = shapes.rows[-1]
-    chunks = _list(f"{count}x{tokens}" for count, tokens in shapes.chunks)
-    return "\n".join(
-        (
-            f"model      {name}, {source}: {shape.num_layers} layers, width {shape.d_model}, "
-            f"{shape.num_heads} heads over {shape.num_kv_heads}, "
-            f"{shape.num_parameters / 1e6:.1f} M parameters, {dtype.name}",
-            f"device     {device.device_kind} ({device.platform}), {free} free",
-            f"strategy   {config.scheduler.strategy}; attention kernel: XLA, paged; no host lane",
-            f"memory     weights {_size(memory.weight_bytes)}, KV cache {_size(memory.pool_bytes)} "
-            f"({memory.num_pages} pages of {memory.page_size} = {memory.pool_tokens} tokens)",
-            f"limits     {config.scheduler.max_requests} requests at once, {memory.max_model_len} "
-            f"tokens a request, {config.scheduler.max_prefill_tokens} prompt tokens a sweep",
-            f"buckets    rows {_list(shapes.rows)}; KV blocks of {max_rows} rows "
-            f"{_list(shapes.num_blocks[max_rows])}; chunks {chunks}; context pages "
-            f"{_list(shapes.context_pages)}; {shapes.num_executables} executables to make",
-        )
+    config: Config,
+    timeline: Timeline,
+) -> HostLane | None:
+    """Take the host's memory, compile the host's programs and start its worker."""
+    if shapes.host is None:
+        return None
+    programs = HostPrograms(
+        architecture,
+        dtype=dtype,
+        num_pages=memory.num_host_pages,
+        page_size=memory.page_size,
+        max_sequence_pages=memory.num_staging_pages,
+        rows=shapes.host.cohort_rows,
+        written_pages={*shapes.host.staging_pages, *shapes.host.move_pages},
+        read_pages=shapes.host.move_pages,
+        device=choose_host_device(device),
     )
-
-
-def choose_device(platform: str) -> jax.Device:
-    """Return the first device of a platform; `auto` is a GPU where JAX sees one."""
-    if platform == "auto":
-        return jax.devices()[0]
-    try:
-        return jax.devices(platform)[0]
-    except RuntimeError:
-        seen = ", ".join(sorted({device.platform for device in jax.devices()}))
-        raise ConfigError(
-            f"--config.device.platform is {platform!r}, and JAX sees only: {seen}. An NVIDIA GPU "
-            "needs JAX's CUDA build (launch/setup_env.sh installs it where nvidia-smi works)"
-        ) from None
-
-
-def choose_dtype(requested: str, published: str | None, compute_capability: str | None) -> np.dtype:
-    """Return the dtype of weights, activations and KV cache, as ModelConfig.dtype says.
-
-    published: the checkpoint's. compute_capability: of an NVIDIA GPU, such as "7.5"; None on a CPU.
-    """
-    if requested != "auto":
-        return jnp.dtype(requested)
-    if compute_capability is None:
-        return jnp.dtype("float32")
-    is_old = compute_capability.startswith(("5.", "6.", "7."))
-    if published == "bfloat16" and is_old:
-        return jnp.dtype("float16")
-    return jnp.dtype(published or "float16")
+    if timeline.is_tracing:
+        native_library.record(THREAD_SPANS)
+        timeline.watch_threads(native_library.take_spans)
+    cpus = parse_cpus(config.host.cpus)
+    return HostLane(programs, device, on_span=timeline.span, cpus=cpus)
 
 
 def _read_folder(config: Config) -> ModelFolder | None:
@@ -286,6 +421,16 @@ def _use_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def _stacks() -> str:
+    """Return where every thread stands, for whoever has to find out why nothing moves."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    stacks = (
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame, limit=8))}"
+        for ident, frame in sys._current_frames().items()
+    )
+    return "".join(stacks)
+
+
 class _Throttled:
     """Passes compile progress on every few seconds, and at the end."""
 
@@ -297,11 +442,3 @@ class _Throttled:
         if done == total or time.perf_counter() >= self._next_sec:
             self._next_sec = time.perf_counter() + REPORT_SEC
             self._on_progress(f"compiled {done} of {total} programs ({program})")
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _list(values: Iterable[object]) -> str:
-    return ", ".join(map(str, values))

@@ -73,94 +73,41 @@ def plan_memory(
     config: Config, model: LlamaConfig, dtype: np.dtype, device: jax.Device
 ) -> MemoryPlan:
     """Divide the memory of device and host; ConfigError where the settings cannot be honoured."""
-    cache, is_shared = config.cache, device.platform == "cpu"
-    weight_bytes = model.num_parameters * dtype.itemsize
-    bytes_of_page = page_bytes(model, cache.page_size, dtype)
-    scratch_bytes = _scratch_bytes(config, model, dtype.itemsize)
-    free_bytes = free_device_bytes(device)
-    if free_bytes is not None and weight_bytes > free_bytes:
-        raise ConfigError(
-            f"the weights take {weight_bytes / GIB:.2f} GiB in {dtype.name}, and "
-            f"{free_bytes / GIB:.2f} GiB are free on {device.device_kind}; use a smaller model, "
-            "or --config.model.dtype=float16 where it is wider now"
-        )
-    max_len = config.scheduler.max_model_len or model.max_position_embeddings
-    if max_len > model.max_position_embeddings:
-        raise ConfigError(
-            f"--config.scheduler.max_model_len is {max_len}; the model was made for at most "
-            f"{model.max_position_embeddings} (max_position_embeddings in its config.json)"
-        )
-    longest_pages = num_pages_for(max_len, cache.page_size)
-    # A decode program gathers all pages in use of one layer, beside the pool.
-    bytes_with_gather = bytes_of_page * (1 + GATHERED_COPIES / model.num_layers)
-
-    if config.scheduler.has_host_lane and model.head_dim % HOST_HEAD_DIM_MULTIPLE:
-        raise ConfigError(
-            f"--config.scheduler.strategy is {config.scheduler.strategy!r}; the host's attention "
-            f"takes heads of multiples of {HOST_HEAD_DIM_MULTIPLE}, and this model's have "
-            f"{model.head_dim} dimensions: use device_only"
-        )
-
-    # What the host may take; where it shares the memory of the device, beside what that needs.
+    page_size, has_host_lane = config.cache.page_size, config.scheduler.has_host_lane
+    max_len = _max_len(config, model)
+    facts = _Facts.of(config, model, dtype, device, longest_pages=num_pages_for(max_len, page_size))
     num_host_pages = num_staging_pages = lane_bytes = 0
-    free_host = free_host_bytes() if config.scheduler.has_host_lane else None
-    own_bytes = weight_bytes + scratch_bytes if is_shared else 0
-    if config.scheduler.has_host_lane:
-        num_host_pages = _host_pages(config, bytes_of_page, longest_pages, free_host, own_bytes)
-        num_staging_pages = min(longest_pages, num_host_pages)
+    if has_host_lane:
+        num_host_pages = _host_pages(config, facts, stand_in_bytes=0)
+        num_staging_pages = min(facts.longest_pages, num_host_pages)
         lane_bytes = host_lane_bytes(
             model,
             dtype,
-            page_size=cache.page_size,
+            page_size=page_size,
             num_staging_pages=num_staging_pages,
             max_prefill_tokens=config.scheduler.max_prefill_tokens,
         )
-
-    most_pages = config.scheduler.max_requests * longest_pages
-    if cache.device_bytes is not None:
-        num_pages = min(cache.device_bytes // bytes_of_page, most_pages)
-        _check_device_bytes(cache.device_bytes, bytes_of_page, free_bytes, weight_bytes, lane_bytes)
-    else:
-        if free_bytes is None:
-            raise ConfigError(
-                f"{device.device_kind} does not say how much of its memory is free; size the KV "
-                "cache with --config.cache.device_bytes"
-            )
-        taken_bytes = weight_bytes + scratch_bytes + lane_bytes
-        if is_shared and cache.host_bytes is not None:
-            taken_bytes += math.ceil(num_host_pages * bytes_of_page / MAX_HOST_FRACTION)
-        left_bytes = (free_bytes - taken_bytes) * cache.device_fraction
-        if is_shared:
-            left_bytes = min(left_bytes, MAX_AUTOMATIC_CPU_BYTES)
-        num_pages = min(_round_down(int(left_bytes / bytes_with_gather)), most_pages)
-        if num_pages < 1:
-            raise ConfigError(
-                f"no memory is left for the KV cache: {free_bytes / GIB:.2f} GiB are free, the "
-                f"weights take {weight_bytes / GIB:.2f} and scratch about "
-                f"{(taken_bytes - weight_bytes) / GIB:.2f} GiB; use a smaller model, fewer "
-                "--config.scheduler.max_requests, or size the cache yourself with "
-                "--config.cache.device_bytes"
-            )
-    if config.scheduler.has_host_lane and is_shared:
-        own_bytes += lane_bytes + int(num_pages * bytes_with_gather)
-        num_host_pages = _host_pages(config, bytes_of_page, longest_pages, free_host, own_bytes)
+    num_pages = _device_pages(config, facts, lane_bytes, num_host_pages)
+    if has_host_lane and facts.is_shared:
+        stand_in_bytes = lane_bytes + int(num_pages * facts.bytes_with_gather)
+        num_host_pages = _host_pages(config, facts, stand_in_bytes)
         num_staging_pages = min(num_staging_pages, num_host_pages)
     plan = MemoryPlan(
-        weight_bytes=weight_bytes,
-        page_bytes=bytes_of_page,
+        weight_bytes=facts.weight_bytes,
+        page_bytes=facts.page_bytes,
         num_pages=num_pages,
-        page_size=cache.page_size,
-        scratch_bytes=scratch_bytes,
+        page_size=page_size,
+        scratch_bytes=facts.scratch_bytes,
         lane_bytes=lane_bytes,
-        free_bytes=free_bytes,
+        free_bytes=facts.free_bytes,
         num_host_pages=num_host_pages,
         num_staging_pages=num_staging_pages,
-        is_shared=is_shared,
-        max_model_len=min(max_len, max(num_pages, num_host_pages) * cache.page_size),
+        is_shared=facts.is_shared,
+        max_model_len=min(max_len, max(num_pages, num_host_pages) * page_size),
     )
     if config.scheduler.max_model_len is not None and max_len > plan.max_model_len:
-        host = f", the host's {plan.host_pool_tokens}" if num_host_pages else ""
-        larger = "--config.cache.device_bytes" + (" or host_bytes" if num_host_pages else "")
+        host = f", the host's {plan.host_pool_tokens}" if has_host_lane else ""
+        larger = "--config.cache.device_bytes" + (" or host_bytes" if has_host_lane else "")
         raise ConfigError(
             f"--config.scheduler.max_model_len is {max_len}; the KV cache holds "
             f"{plan.pool_tokens} tokens in all ({num_pages} pages){host}, so it must be at most "
@@ -180,35 +127,134 @@ def host_lane_bytes(
     """Return what a host lane takes on the device beside the pool.
 
     The staging plane; the pages in transit between the lanes, which are copies; and the hidden
-    states of the prompts that prefill for the host, which fill the staging plane or one chunk, with
-    those of the chunk that is being computed.
+    states of the prompts that prefill for the host: they fill the plane, the last chunk is padded,
+    and what the embedding yields is kept until the device is known to have passed it.
     """
     layer_page_bytes = page_bytes(model, page_size, dtype) // model.num_layers
     transit_pages = max(MAX_TRANSIT_PAGES, num_staging_pages)
-    hidden_tokens = max(num_staging_pages * page_size, max_prefill_tokens) + max_prefill_tokens
-    hidden_bytes = hidden_tokens * model.d_model * dtype.itemsize
+    group_tokens = num_staging_pages * page_size + max_prefill_tokens
+    hidden_bytes = 2 * group_tokens * model.d_model * dtype.itemsize
     return (num_staging_pages + transit_pages) * layer_page_bytes + hidden_bytes
 
 
-def _host_pages(
-    config: Config,
-    bytes_of_page: int,
-    longest_pages: int,
-    free_bytes: int | None,
-    own_bytes: int,
-) -> int:
+@dataclass(frozen=True)
+class _Facts:
+    """What is known before anything is divided.
+
+    bytes_with_gather: of a page, with what a decode program gathers of it beside the pool.
+    longest_pages: of the longest request. free_host_bytes: None also without a host lane.
+    """
+
+    device_kind: str
+    is_shared: bool
+    free_bytes: int | None
+    free_host_bytes: int | None
+    weight_bytes: int
+    scratch_bytes: int
+    page_bytes: int
+    bytes_with_gather: float
+    longest_pages: int
+
+    @staticmethod
+    def of(
+        config: Config,
+        model: LlamaConfig,
+        dtype: np.dtype,
+        device: jax.Device,
+        *,
+        longest_pages: int,
+    ) -> "_Facts":
+        bytes_of_page = page_bytes(model, config.cache.page_size, dtype)
+        weight_bytes = model.num_parameters * dtype.itemsize
+        free_bytes = free_device_bytes(device)
+        if free_bytes is not None and weight_bytes > free_bytes:
+            raise ConfigError(
+                f"the weights take {weight_bytes / GIB:.2f} GiB in {dtype.name}, and "
+                f"{free_bytes / GIB:.2f} GiB are free on {device.device_kind}; use a smaller "
+                "model, or --config.model.dtype=float16 where it is wider now"
+            )
+        return _Facts(
+            device_kind=device.device_kind,
+            is_shared=device.platform == "cpu",
+            free_bytes=free_bytes,
+            free_host_bytes=free_host_bytes() if config.scheduler.has_host_lane else None,
+            weight_bytes=weight_bytes,
+            scratch_bytes=_scratch_bytes(config, model, dtype.itemsize),
+            page_bytes=bytes_of_page,
+            bytes_with_gather=bytes_of_page * (1 + GATHERED_COPIES / model.num_layers),
+            longest_pages=longest_pages,
+        )
+
+
+def _max_len(config: Config, model: LlamaConfig) -> int:
+    """Return how long a request may be by settings and model; check that the lanes can hold it."""
+    scheduler = config.scheduler
+    max_len = scheduler.max_model_len or model.max_position_embeddings
+    if max_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--config.scheduler.max_model_len is {max_len}; the model was made for at most "
+            f"{model.max_position_embeddings} (max_position_embeddings in its config.json)"
+        )
+    if scheduler.has_host_lane and model.head_dim % HOST_HEAD_DIM_MULTIPLE:
+        raise ConfigError(
+            f"--config.scheduler.strategy is {scheduler.strategy!r}; the host's attention takes "
+            f"heads of multiples of {HOST_HEAD_DIM_MULTIPLE}, and this model's have "
+            f"{model.head_dim} dimensions: use device_only"
+        )
+    return max_len
+
+
+def _device_pages(config: Config, facts: _Facts, lane_bytes: int, num_host_pages: int) -> int:
+    """Return the pages of the device's pool; ConfigError where they do not fit.
+
+    num_host_pages: which count where the host shares the memory and was asked for so much.
+    """
+    most_pages = config.scheduler.max_requests * facts.longest_pages
+    device_bytes = config.cache.device_bytes
+    if device_bytes is not None:
+        _check_device_bytes(device_bytes, facts, lane_bytes)
+        return min(device_bytes // facts.page_bytes, most_pages)
+    if facts.free_bytes is None:
+        raise ConfigError(
+            f"{facts.device_kind} does not say how much of its memory is free; size the KV cache "
+            "with --config.cache.device_bytes"
+        )
+    others_bytes = facts.scratch_bytes + lane_bytes
+    if facts.is_shared and config.cache.host_bytes is not None:
+        others_bytes += math.ceil(num_host_pages * facts.page_bytes / MAX_HOST_FRACTION)
+    left_bytes = facts.free_bytes - facts.weight_bytes - others_bytes
+    pool_bytes = left_bytes * config.cache.device_fraction
+    if facts.is_shared:
+        pool_bytes = min(pool_bytes, MAX_AUTOMATIC_CPU_BYTES)
+    num_pages = min(_round_down(int(pool_bytes / facts.bytes_with_gather)), most_pages)
+    if num_pages < 1:
+        others = "scratch and the host lane" if num_host_pages else "scratch"
+        raise ConfigError(
+            f"no memory is left for the KV cache: {facts.free_bytes / GIB:.2f} GiB are free, the "
+            f"weights take {facts.weight_bytes / GIB:.2f} and {others} about "
+            f"{others_bytes / GIB:.2f} GiB; use a smaller model, fewer "
+            "--config.scheduler.max_requests, or size the cache yourself with "
+            "--config.cache.device_bytes"
+        )
+    return num_pages
+
+
+def _host_pages(config: Config, facts: _Facts, stand_in_bytes: int) -> int:
     """Return the pages of the host's pool; ConfigError where they do not fit.
 
-    free_bytes: on the host, None where nothing says. own_bytes: what the device's stand-in needs
-    of them.
+    stand_in_bytes: what a CPU that stands in for the device takes beside weights and scratch.
     """
-    host_bytes = config.cache.host_bytes
-    most_pages = config.scheduler.max_host_requests * longest_pages
+    host_bytes, free_bytes = config.cache.host_bytes, facts.free_host_bytes
+    bytes_of_page = facts.page_bytes
+    most_pages = config.scheduler.max_host_requests * facts.longest_pages
     if host_bytes is None and free_bytes is None:
         raise ConfigError(
             "the host does not say how much of its memory is free; size its KV cache with "
             "--config.cache.host_bytes"
         )
+    own_bytes = 0
+    if facts.is_shared:
+        own_bytes = facts.weight_bytes + facts.scratch_bytes + stand_in_bytes
     left_bytes = None if free_bytes is None else max(0, free_bytes - own_bytes)
     if host_bytes is None:
         assert left_bytes is not None
@@ -306,24 +352,20 @@ def check_programs(plan: MemoryPlan, temp_bytes: int) -> None:
         )
 
 
-def _check_device_bytes(
-    device_bytes: int,
-    bytes_of_page: int,
-    free_bytes: int | None,
-    weight_bytes: int,
-    lane_bytes: int,
-) -> None:
-    if device_bytes < bytes_of_page:
+def _check_device_bytes(device_bytes: int, facts: _Facts, lane_bytes: int) -> None:
+    if device_bytes < facts.page_bytes:
         raise ConfigError(
-            f"--config.cache.device_bytes is {device_bytes}; one page takes {bytes_of_page} bytes, "
-            "so it must be at least that"
+            f"--config.cache.device_bytes is {device_bytes}; one page takes {facts.page_bytes} "
+            "bytes, so it must be at least that"
         )
-    if free_bytes is not None and device_bytes > free_bytes - weight_bytes - lane_bytes:
+    if facts.free_bytes is None:
+        return
+    left_bytes = max(0, facts.free_bytes - facts.weight_bytes - lane_bytes)
+    if device_bytes > left_bytes:
         others = "the weights" + (" and what the host lane needs" if lane_bytes else "")
         raise ConfigError(
-            f"--config.cache.device_bytes is {device_bytes}; after {others} "
-            f"{max(0, free_bytes - weight_bytes - lane_bytes)} bytes are free on the device, so it "
-            "must be at most that"
+            f"--config.cache.device_bytes is {device_bytes}; after {others} {left_bytes} bytes are "
+            "free on the device, so it must be at most that"
         )
 
 

@@ -38,7 +38,6 @@ class Programs:
         precision: str,
     ):
         self.buckets = buckets
-        self.first_layers = range(0, model.num_layers, num_layers)
         self.num_layers = num_layers
         self.compile_sec: dict[ProgramKey, float] = {}
         self._executables: dict[ProgramKey, Any] = {}

@@ -14,6 +14,7 @@ class RequestError(ValueError):
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True)

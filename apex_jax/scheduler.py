@@ -31,26 +31,12 @@ from apex_jax.plan import (
     SweepPlan,
 )
 from apex_jax.policies import DeviceLoad, DeviceOnly, Policy
-from apex_jax.request import Request, RequestError, RequestOutput
+from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
 from apex_jax.sequence import Lane, Sequence
 
 MAX_PROMOTIONS = 2  # at once: a sequence on its way does not decode, and they travel one by one
 # Of a sweep's prompt tokens, what the host lane gets while the device lane prefills too.
 HOST_PREFILL_SHARE = 4
-
-
-@dataclass(frozen=True)
-class HostLimits:
-    """What the host lane may take.
-
-    num_pages: of its pool. num_staging_pages: of the device's plane for prompts bound for the host.
-    max_requests: sequences at once. max_cohort_rows: the largest batch that its programs take.
-    """
-
-    num_pages: int
-    num_staging_pages: int
-    max_requests: int
-    max_cohort_rows: int
 
 
 @dataclass
@@ -84,7 +70,11 @@ class _Moving:
 
 
 class Scheduler:
-    """Continuous batching over the pages of one or two lanes."""
+    """Continuous batching over the pages of one or two lanes.
+
+    num_host_pages, max_host_requests: where the policy has a host lane, for which `buckets` have
+    shapes then.
+    """
 
     def __init__(
         self,
@@ -97,18 +87,20 @@ class Scheduler:
         vocab_size: int,
         eos_token_ids: frozenset[int],
         policy: Policy | None = None,
-        host: HostLimits | None = None,
+        num_host_pages: int = 0,
+        max_host_requests: int = 0,
     ):
         self._policy: Policy = DeviceOnly() if policy is None else policy
-        if (host is not None) != (self._policy.max_cohorts > 0):
-            raise ValueError(f"{self._policy} with host limits {host}")
+        has_host = self._policy.max_cohorts > 0
+        if has_host != (buckets.host is not None) or has_host != (num_host_pages > 0):
+            raise ValueError(f"{self._policy} with {num_host_pages} host pages, {buckets.host}")
         self.page_size = buckets.page_size
         self.stats = SchedulerStats()
         self._chunks, self._num_layers = buckets.chunks, num_layers
         self._max_chunk_tokens = max(tokens for _, tokens in buckets.chunks)
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self.num_slots = max_requests + (host.max_requests if host else 0)
+        self.num_slots = max_requests + max_host_requests
 
         def make_room(lane: Lane, lane_pages: int, lane_requests: int) -> LaneRoom:
             return LaneRoom(
@@ -120,11 +112,10 @@ class Scheduler:
                 num_slots=self.num_slots,
             )
 
-        if host is not None and host.num_staging_pages * self.page_size < max_model_len:
-            raise ValueError(f"{host} does not stage a prompt of {max_model_len} tokens")
         self._device = make_room(Lane.DEVICE, num_pages, max_requests)
-        self._host = make_room(Lane.HOST, host.num_pages, host.max_requests) if host else None
-        self._limits = host
+        self._host, self._buckets = None, buckets.host
+        if has_host:
+            self._host = make_room(Lane.HOST, num_host_pages, max_host_requests)
         rooms = [self._device] if self._policy.uses_device_lane else []
         largest = max(room.num_tokens for room in [*rooms, *([self._host] if self._host else [])])
         self.max_model_len = min(max_model_len, largest)
@@ -161,10 +152,11 @@ class Scheduler:
     def _rooms(self) -> list[LaneRoom]:
         return [self._device] if self._host is None else [self._device, self._host]
 
-    def requests_by_slot(self) -> dict[int, str]:
-        """Return the request id of each slot in use, for the timeline."""
-        live = itertools.chain(*(room.sequences for room in self._rooms))
-        return {one.slot: one.request.request_id for one in live if one.slot is not None}
+    def requests_by_group(self) -> dict[str, list[str]]:
+        """Return the request ids in the device lane and in each cohort, for the timeline."""
+        groups = {f"cohort {number}": rows for number, rows in self._cohorts.items()}
+        groups["device"] = self._device.sequences
+        return {name: [one.request.request_id for one in rows] for name, rows in groups.items()}
 
     def submit(self, request: Request, now_sec: float) -> None:
         """Queue a request; RequestError if it could never run."""
@@ -195,6 +187,17 @@ class Scheduler:
                 token_ids=list(prompt),
             )
         )
+
+    def cancel(self, request_id: str) -> bool:
+        """Drop a request without a result; False where there is none of that name."""
+        live = itertools.chain(self._waiting, *(room.sequences for room in self._rooms))
+        for sequence in live:
+            if sequence.request.request_id == request_id and sequence.finish_reason is None:
+                sequence.finish_reason = FinishReason.CANCELLED
+                self._num_unfinished -= 1
+                self._vacate_if_over(sequence)
+                return True
+        return False
 
     # The verbs of the engine's loop
 
@@ -405,14 +408,14 @@ class Scheduler:
 
     def _admit_to_host(self) -> None:
         """Begin the prompts of those who wait for memory of the device, if the host has room."""
-        host, limits = self._host, self._limits
-        if host is None or limits is None or self._group is not None:
+        host, shapes = self._host, self._buckets
+        if host is None or shapes is None or self._group is not None:
             return
         candidates: list[Sequence] = []
         num_staging_pages = 0
         for sequence in self._waiting:
             num_staging_pages += num_pages_for(sequence.num_tokens, self.page_size)
-            if sequence.num_unread or num_staging_pages > limits.num_staging_pages:
+            if sequence.num_unread or num_staging_pages > shapes.num_staging_pages:
                 break
             if not host.has_row(candidates) or not host.has_pages(sequence, candidates):
                 break
@@ -449,14 +452,17 @@ class Scheduler:
             sequence.is_decoding = True
         self._group = None
         sequences = list(group.sequences)
-        return group.batch(units, self._plan_head(range(len(sequences)), sequences, flight))
+        head = self._plan_head(range(len(sequences)), sequences, flight)
+        for sequence in sequences:
+            self._vacate_if_over(sequence)  # it was cancelled on its way
+        return group.batch(units, head)
 
     def _form_cohorts(
         self, decoding: list[Sequence], prefill: PrefillBatch | None
     ) -> tuple[CohortBatch, ...]:
         """Let idle cohorts begin a token, with the rows that the policy gives them."""
-        host, limits, policy = self._host, self._limits, self._policy
-        if host is None or limits is None:
+        host, shapes, policy = self._host, self._buckets, self._policy
+        if host is None or shapes is None:
             return ()
         idle = [one for one in range(policy.max_cohorts) if one not in self._cohorts]
         rows = self._grow_host_rows(host) if idle else []
@@ -466,7 +472,7 @@ class Scheduler:
             idle,
             [sequence.num_tokens for sequence in rows],
             sum(map(len, self._cohorts.values())),
-            limits.max_cohort_rows,
+            shapes.cohort_rows[-1],
             DeviceLoad(
                 num_rows=len(decoding),
                 num_tokens=sum(sequence.num_tokens for sequence in decoding),
@@ -565,8 +571,10 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=lambda one: one.index)
 
     def _vacate_if_over(self, sequence: Sequence) -> None:
-        """Take what an ended sequence has, unless a token or a move of it is still under way."""
-        if sequence.finish_reason is None or sequence.cohort_id is not None or sequence.is_moving:
+        """Take what an ended sequence has, unless something of it is still under way."""
+        is_in_group = self._group is not None and sequence in self._group.sequences
+        is_under_way = sequence.cohort_id is not None or sequence.is_moving or is_in_group
+        if sequence.finish_reason is None or is_under_way:
             return
         if sequence.lane is None:  # it was pre-empted while its last token was in flight
             self._waiting.remove(sequence)

@@ -16,7 +16,7 @@ class Lane(StrEnum):
     HOST = "host"
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A request on its way.
 

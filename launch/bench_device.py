@@ -23,13 +23,17 @@ import numpy as np
 from absl import app, flags
 
 from apex_jax import kv_cache, packing
+from apex_jax.backends.completions import Completions
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import PAGES_PER_BLOCK, Buckets
-from apex_jax.dispatch import Dispatch, Handle, Stage
+from apex_jax.dispatch import Dispatch
+from apex_jax.hardware import Handle, Stage, name_of
+from apex_jax.lowering import ProgramKey
 from apex_jax.memory import GIB, free_device_bytes
 from apex_jax.models import weights
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch, SweepPlan
-from apex_jax.programs import ProgramKey, Programs, span_of_layers
+from apex_jax.policies import DeviceOnly
+from apex_jax.programs import Programs, span_of_layers
 from apex_jax.request import SamplingParams
 from launch.environment import environment
 from launch.measuring import (
@@ -70,15 +74,16 @@ class TimedBackend:
 
     def __init__(self, backend: XlaBackend):
         self._backend = backend
+        self.submit_host = backend.submit_host
         self.wait_any, self.now = backend.wait_any, backend.now
         self.enqueue_sec: dict[str, float] = {}
 
-    def enqueue(self, stage: Stage, operand: Handle | None = None) -> Handle:
+    def enqueue(self, stage: Stage, *operands: Handle) -> tuple[Handle, ...]:
         start = now()
-        handle = self._backend.enqueue(stage, operand)
-        name = type(stage).__name__.lower()
+        handles = self._backend.enqueue(stage, *operands)
+        name = name_of(stage)
         self.enqueue_sec[name] = self.enqueue_sec.get(name, 0.0) + now() - start
-        return handle
+        return handles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +125,7 @@ class Bench:
         self.page_bytes = kv_cache.page_bytes(self.model, PAGE_SIZE, self.dtype)
         self.num_sweeps = 6 if smoke else 25
         self.bandwidth = float("nan")
+        self.completions = Completions(lambda *span, **args: None)
         free_bytes = free_device_bytes(device) or 0
         weight_bytes = self.model.num_parameters * self.dtype.itemsize
         # Beside the pool: one layer's pages gathered by a program (twice: keys and values in
@@ -176,12 +182,19 @@ class Bench:
 
     def backend(self, programs: Programs) -> TimedBackend:
         slots = max(programs.buckets.rows)
-        return TimedBackend(XlaBackend(programs, self.weights, self.pages, slots, self.device))
+        arrays = (self.weights, self.pages, slots, self.device)
+        return TimedBackend(XlaBackend(programs, *arrays, completions=self.completions))
 
     def time_sweeps(self, programs: Programs, plan: SweepPlan) -> Row:
         """Run a plan repeatedly with the engine's lag of one sweep; return times of a sweep."""
         backend = self.backend(programs)
-        dispatch = Dispatch(backend, programs.first_layers, WATCHDOG_SEC)
+        dispatch = Dispatch(
+            backend,
+            DeviceOnly(),
+            num_layers=self.model.num_layers,
+            layers_per_program=programs.num_layers,
+            watchdog_sec=WATCHDOG_SEC,
+        )
         previous, ends, launches = None, [], []
         enqueued: dict[str, list[float]] = {}
         for _ in range(self.num_sweeps):

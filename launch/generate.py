@@ -62,6 +62,10 @@ def create_engine(
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # else a GPU that is not wanted is set up too
+    if config.scheduler.has_host_lane:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", 2)  # one may have to stand in for a GPU
     on_progress("starting JAX")
     from apex_jax.engine import Engine
 

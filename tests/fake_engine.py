@@ -61,6 +61,7 @@ class FakeEngine:
         self.step_sec = step_sec
         self.waiting: list[Request] = []
         self.running: dict[str, tuple[Request, int, float]] = {}
+        self.is_closed = False
         self.num_sweeps = 0
         self.num_output_tokens = 0
         self.most_waiting = 0
@@ -115,6 +116,9 @@ class FakeEngine:
                 RequestOutput(request, tokens, reason, arrival_sec, arrival_sec + 1e-4, now, 0, 0)
             )
         return outputs
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def describe(self) -> str:
         return "strategy   fake"

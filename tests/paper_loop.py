@@ -2,11 +2,11 @@
 
 from paper_backend import VOCAB_SIZE, Pace, PaperBackend, expected_output
 
-from apex_jax.buckets import choose
+from apex_jax.buckets import HostLimits, choose
 from apex_jax.dispatch import Dispatch
 from apex_jax.policies import DeviceOnly
 from apex_jax.request import FinishReason, Request, SamplingParams
-from apex_jax.scheduler import HostLimits, Scheduler
+from apex_jax.scheduler import Scheduler
 
 PAGE_SIZE = 8
 EOS = frozenset({3})
@@ -37,15 +37,16 @@ class Loop:
         self.num_pages = num_pages
         policy = DeviceOnly() if policy is None else policy
         max_model_len = max(num_pages, num_host_pages) * PAGE_SIZE
+        num_staging_pages = max_model_len // PAGE_SIZE
+        host = HostLimits(max_cohort_rows, num_staging_pages, num_staging_pages)
         buckets = choose(
             max_requests=max_requests,
             max_prefill_tokens=max_prefill_tokens,
             max_model_len=max_model_len,
             num_pages=num_pages,
             page_size=PAGE_SIZE,
+            host=host if policy.max_cohorts else None,
         )
-        num_staging_pages = max_model_len // PAGE_SIZE
-        host = HostLimits(num_host_pages, num_staging_pages, max_host_requests, max_cohort_rows)
         self.scheduler = Scheduler(
             buckets=buckets,
             num_layers=num_layers,
@@ -55,7 +56,8 @@ class Loop:
             vocab_size=VOCAB_SIZE,
             eos_token_ids=EOS,
             policy=policy,
-            host=host if policy.max_cohorts else None,
+            num_host_pages=num_host_pages,
+            max_host_requests=max_host_requests,
         )
         self.backend = PaperBackend(
             num_layers=num_layers,

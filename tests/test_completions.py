@@ -1,7 +1,9 @@
 """Completions: device stages and host jobs are waited for in one place, however they end."""
 
+import re
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -84,6 +86,13 @@ def in_thread(function):
 
     threading.Thread(target=run, daemon=True).start()
     return outcome
+
+
+def wait_until(holds):
+    deadline_sec = soon()
+    while not holds():
+        assert time.perf_counter() < deadline_sec
+        time.sleep(0.001)
 
 
 def test_the_first_in_the_given_order_is_returned(completions):
@@ -169,6 +178,26 @@ def test_a_stage_may_begin_before_it_is_reported(completions, spans):
     assert spans[0][2] == start_sec
 
 
+def test_nothing_is_kept_of_a_stage_that_has_ended(completions):
+    (handle,) = enqueue(completions, 1)
+    handle.marker.end()
+    wait_until(lambda: completions.describe() == "device: idle")
+    marker = weakref.ref(handle.marker)
+    del handle
+    wait_until(lambda: marker() is None)
+
+
+def test_they_say_what_the_device_does(completions):
+    assert completions.describe() == "device: idle"
+    handles = enqueue(completions, 3)
+    wait_until(lambda: completions.describe().startswith("device: boundary"))
+    message = r"device: boundary enqueued \d+\.\d s ago; 2 stages queued behind it"
+    assert re.fullmatch(message, completions.describe())
+    for handle in handles:
+        handle.marker.end()
+    wait_until(lambda: completions.describe() == "device: idle")
+
+
 def test_real_stages_and_their_errors(completions):
     """XLA's own arrays: asynchronous work, and an op that refuses its arguments after it."""
     native_library.load(num_threads=2)
@@ -206,9 +235,7 @@ def test_closing_wakes_who_waits_and_ends_the_thread():
         with pytest.raises(RuntimeError, match="the completions are closed"):
             completions.wait_any([job], soon())
         assert completions.wait_any([job, stage], soon()) is stage
-    while any(one.name.startswith("Thread-") for one in threading.enumerate()):
-        time.sleep(0.001)  # `in_thread`'s own are about to end
-    assert threading.active_count() <= num_threads
+    wait_until(lambda: threading.active_count() <= num_threads)  # those of `in_thread` too
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -1,7 +1,9 @@
 """The host lane: right results in order, pages back to the bit, failures that are told."""
 
 import os
+import re
 import threading
+import weakref
 from unittest import mock
 
 import hypothesis
@@ -43,7 +45,8 @@ def programs():
         page_size=PAGE_SIZE,
         max_sequence_pages=MAX_SEQUENCE_PAGES,
         rows=(2, 4),
-        page_counts=(2, 8),
+        written_pages=(2, 8),
+        read_pages=(2, 8),
         device=choose_host_device(jax.devices()[0]),
     )
 
@@ -140,6 +143,7 @@ def test_cohorts_decode_as_in_float64(make_lane, data, seed):
         assert out.shape == (rows, MODEL.num_heads, MODEL.head_dim)
         np.testing.assert_allclose(out[: len(expected)], expected, rtol=0, atol=4e-6)
         assert not np.asarray(out)[len(expected) :].any()
+    lane.close()
 
 
 @pytest.mark.parametrize("num_pages", [1, 2, 3, 8])
@@ -172,6 +176,18 @@ def test_jobs_run_in_order(make_lane):
         assert (np.asarray(result_of(read)) == value).all()
 
 
+def test_nothing_is_kept_of_a_job_that_has_ended(make_lane):
+    """Operands and results are device memory that the plan counts once."""
+    lane = make_lane()
+    operand = on_device(np.zeros((2, *PAGE_SHAPE)))
+    written = lane.submit(WritePages(0, np.asarray([1, 2], np.int32)), operand)
+    read = lane.submit(ReadPages(0, np.asarray([1, 2], np.int32)))
+    kept = [weakref.ref(operand), weakref.ref(result_of(read))]
+    del operand, written, read
+    result_of(lane.submit(ReadPages(0, np.asarray([0], np.int32))))  # the worker is past them
+    assert [one() for one in kept] == [None, None]
+
+
 def test_nothing_compiles_after_set_up(make_lane):
     lane = make_lane()
     compiled = []
@@ -196,12 +212,31 @@ def test_spans_tell_what_a_job_did(make_lane):
     operand = on_device(qkv_of(np.random.default_rng(0), 2))
     result_of(lane.submit(attention([4], [[7]], layer=1, cohort_id=5), operand))
     lanes, names, starts, ends, args = zip(*spans, strict=True)
-    assert set(lanes) == {"host"}
-    assert names == ("transfer_to_host", "host_attention", "transfer_to_device")
+    assert lanes == ("to host", "host", "to device")
+    assert set(names) == {"host_attention"}
     assert args[1] == {"layer": 1, "rows": 1, "cohort_id": 5}
     assert [one["bytes"] for one in args[::2]] == [2 * 10 * 16 * 4, 2 * 6 * 16 * 4]
     times = [time for span in zip(starts, ends, strict=True) for time in span]
     assert times == sorted(times)
+
+
+def test_the_lane_says_what_it_does(make_lane):
+    begun, gate = threading.Event(), threading.Event()
+
+    def block(job):
+        begun.set()
+        gate.wait(WAIT_SEC)
+
+    lane = make_lane(before_job=block)
+    assert lane.describe() == "host lane: idle; 0 jobs queued"
+    futures = [lane.submit(ReadPages(1, np.asarray([0], np.int32))) for _ in range(3)]
+    begun.wait(WAIT_SEC)
+    message = r"host lane: read_pages of layer 1 for \d+\.\d s; 2 jobs queued"
+    assert re.fullmatch(message, lane.describe())
+    gate.set()
+    result_of(futures[-1])
+    lane.close()
+    assert lane.describe() == "host lane: ended: it was closed; 0 jobs queued"
 
 
 # Failures
@@ -293,6 +328,14 @@ def test_closing_ends_the_thread_and_frees_the_pools(make_lane):
 
 
 # Set-up
+
+
+def test_pools_that_cannot_be_had_are_told_to_who_makes_the_lane(programs, make_lane):
+    with (
+        mock.patch.object(programs, "allocate", side_effect=MemoryError("4096 GiB")),
+        pytest.raises(MemoryError, match="4096 GiB"),
+    ):
+        make_lane()
 
 
 def test_a_cpu_stands_in_beside_another_one():

@@ -156,7 +156,8 @@ def test_a_budget_beyond_the_device_is_refused(plan):
 
 def device_with(stats):
     device = mock.Mock(spec=jax.Device)
-    device.platform, device.memory_stats = "gpu", lambda: stats
+    device.platform, device.device_kind = "gpu", "Tesla T4"
+    device.memory_stats = lambda: stats
     return device
 
 
@@ -407,16 +408,16 @@ def test_a_request_may_be_longer_than_the_device_holds(plan_both):
 
 
 def test_a_host_lane_takes_its_share_of_the_device(plan_both):
-    """One layer of the longest request; pages in transit; hidden states, with a chunk's own."""
+    """One layer of the longest request; pages in transit; and twice its hidden states."""
     layer_page = PAGE_BYTES // 4
     made = plan_both(GIB, GIB, max_prefill_tokens=64)
     assert made.num_staging_pages == 32
-    assert made.lane_bytes == (32 + 256) * layer_page + (512 + 64) * 64 * 4
+    assert made.lane_bytes == (32 + 256) * layer_page + 2 * (512 + 64) * 64 * 4
     short = plan_both(GIB, GIB, max_prefill_tokens=64, max_model_len=16)
-    assert short.lane_bytes == (1 + 256) * layer_page + (64 + 64) * 64 * 4
+    assert short.lane_bytes == (1 + 256) * layer_page + 2 * (16 + 64) * 64 * 4
     deep = plan_both(GIB, GIB, model=DEEP, max_prefill_tokens=64, page_size=8)
     assert deep.num_staging_pages == 512
-    assert deep.lane_bytes == (512 + 512) * layer_page // 2 + (4096 + 64) * 64 * 4
+    assert deep.lane_bytes == (512 + 512) * layer_page // 2 + 2 * (4096 + 64) * 64 * 4
     left = GIB - made.weight_bytes - made.lane_bytes
     with pytest.raises(ConfigError, match=rf"after the weights and .* lane needs {left} bytes"):
         plan_both(GIB, GIB, max_prefill_tokens=64, device_bytes=left + 1)

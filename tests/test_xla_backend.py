@@ -1,7 +1,7 @@
 """The xla backend, stage by stage: a layer taken apart is the layer, and pages survive their moves.
 
-One backend over a model wide enough that XLA runs its programs on other threads; each test fills
-the pages it reads. The host lane is a twin in numpy.
+One backend over a model wide enough that XLA runs its programs on other threads, beside the real
+host lane; each test fills the pages it reads.
 """
 
 import dataclasses
@@ -13,10 +13,12 @@ import jax
 import numpy as np
 import pytest
 import reference
-from host_twin import NumpyHostLane, PollingCompletions
 
 from apex_jax import buckets, kv_cache, packing
+from apex_jax.backends.completions import Completions
 from apex_jax.backends.handles import AttendedHandle, DeviceAttendedHandle, HiddenHandle
+from apex_jax.backends.host_lane import HostLane
+from apex_jax.backends.host_programs import HostPrograms
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import HostLimits
 from apex_jax.config import LlamaConfig
@@ -36,13 +38,14 @@ from apex_jax.hardware import (
     WritePages,
 )
 from apex_jax.models import weights
+from apex_jax.ops import native_library
 from apex_jax.packing import DecodeArrays
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
 from apex_jax.programs import Programs
 from apex_jax.request import Request, SamplingParams
 
 F32 = np.dtype("float32")
-CPU = jax.devices("cpu")[0]
+CPU, HOST = jax.devices("cpu")
 MODEL = LlamaConfig(
     num_layers=4,
     d_model=256,
@@ -71,9 +74,7 @@ SHAPES = dataclasses.replace(
     SHAPES,
     chunks=((1, CHUNK),),
     context_pages=(8,),
-    host=dataclasses.replace(
-        SHAPES.host, transit_pages=(3, 10), staging_pages=(3, 10), move_pages=(3, 10)
-    ),
+    host=dataclasses.replace(SHAPES.host, staging_pages=(3, 10), move_pages=(3, 10)),
 )
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 HOST_STAGES = (
@@ -91,6 +92,18 @@ HOST_STAGES = (
 
 def ints(values):
     return np.array(values, np.int32)
+
+
+class RecordingCompletions(Completions):
+    """Keeps the handles of all stages."""
+
+    def __init__(self):
+        super().__init__(lambda *span, **args: None)
+        self.handles = []
+
+    def enqueued(self, handle, stage, start_sec=None):
+        self.handles.append(handle)
+        super().enqueued(handle, stage, start_sec)
 
 
 @pytest.fixture(scope="module")
@@ -116,18 +129,32 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def backend(programs, tensors):
-    lane = NumpyHostLane(MODEL, NUM_USED_PAGES, SHAPES, CPU)
+    completions = RecordingCompletions()
+    native_library.load(num_threads=1)
+    host_programs = HostPrograms(
+        MODEL,
+        dtype=F32,
+        num_pages=NUM_USED_PAGES,
+        page_size=PAGE_SIZE,
+        max_sequence_pages=8,
+        rows=SHAPES.host.cohort_rows,
+        written_pages={*SHAPES.host.staging_pages, *SHAPES.host.move_pages},
+        read_pages=SHAPES.host.move_pages,
+        device=HOST,
+    )
+    lane = HostLane(host_programs, CPU, on_span=lambda *span, **args: None)
     yield XlaBackend(
         programs,
         tensors,
         kv_cache.allocate(MODEL, NUM_PAGES, PAGE_SIZE, F32, CPU),
         NUM_SLOTS,
         CPU,
-        completions=PollingCompletions(),
+        completions=completions,
         host_lane=lane,
         staging=kv_cache.allocate_layer(MODEL, NUM_STAGING_PAGES, PAGE_SIZE, F32, CPU),
     )
     lane.close()
+    completions.close()
 
 
 class Text:

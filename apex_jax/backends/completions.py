@@ -46,6 +46,7 @@ class Completions:
     def __init__(self, on_span: SpanRecorder):
         self._on_span = on_span
         self._stages: SimpleQueue[tuple[Any, Stage, float] | None] = SimpleQueue()
+        self._running: tuple[Stage, float] | None = None  # the one waited for, enqueued when
         self._changed = threading.Condition()
         self._refusal: str | None = None  # why nothing can be waited for any more
         self._waiter = threading.Thread(target=self._wait_for_stages, daemon=True)
@@ -58,7 +59,9 @@ class Completions:
         start_sec: when enqueueing began, None for now (a CPU may run a small program inside the
         call).
         """
-        self._stages.put((handle.marker, stage, start_sec or time.perf_counter()))
+        if start_sec is None:
+            start_sec = time.perf_counter()
+        self._stages.put((handle.marker, stage, start_sec))
 
     def submitted(self, handle: Marked) -> None:
         """Follow a host job."""
@@ -76,6 +79,18 @@ class Completions:
         if ready is not None:
             _raise_failure(ready.marker)
         return ready
+
+    def describe(self) -> str:
+        """Return what the device does, for whoever finds that nothing moves."""
+        running = self._running
+        if running is None:
+            return "device: idle"
+        stage, enqueue_sec = running
+        seconds = time.perf_counter() - enqueue_sec
+        return (
+            f"device: {name_of(stage)} enqueued {seconds:.1f} s ago; "
+            f"{self._stages.qsize()} stages queued behind it"
+        )
 
     def close(self) -> None:
         """Let what is enqueued end, then the thread; whoever still waits gets a RuntimeError."""
@@ -108,9 +123,11 @@ class Completions:
         self, marker: Any, stage: Stage, enqueue_sec: float, previous_end_sec: float
     ) -> float:
         """Wait until a stage has ended, and return when."""
+        self._running = stage, enqueue_sec
         with contextlib.suppress(Exception):  # wait_any raises it to whoever waits for this stage
             marker.block_until_ready()
         end_sec = time.perf_counter()
+        self._running = None
         self._wake()
         layer = getattr(stage, "layer", getattr(stage, "first_layer", None))
         args = {} if layer is None else {"layer": layer}

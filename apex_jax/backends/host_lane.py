@@ -38,8 +38,9 @@ class HostLane:
     """The worker of the host.
 
     device: where results go. cpus: those of the op's threads, the worker itself runs on the first;
-    empty for anywhere. on_span: gets the spans of each job, from the worker's thread. before_job:
-    called there before each job; tests delay, block or fail in it.
+    empty for anywhere. on_span: gets the spans of each job, from the worker's thread: its operand's
+    arrival ("to host", as far as it is waited for), the op ("host"), its result's departure
+    ("to device"). before_job: called there before each job; tests delay, block or fail in it.
     """
 
     def __init__(
@@ -53,11 +54,16 @@ class HostLane:
     ):
         self._programs, self._device, self._cpus = programs, device, cpus
         self._on_span, self._before_job = on_span, before_job
-        self._pools = programs.allocate()
+        self._pools: list[Float[Array, "p k 2 z h"]] = []
         self._jobs: SimpleQueue[tuple[Job, Array | None, HostFuture] | None] = SimpleQueue()
+        self._running: tuple[Job, float] | None = None  # and since when
         self._failure: BaseException | None = None
-        self._worker = threading.Thread(target=self._work, name="apex-host", daemon=True)
+        is_set_up: Future[None] = Future()
+        self._worker = threading.Thread(
+            target=self._work, args=(is_set_up,), name="apex-host", daemon=True
+        )
         self._worker.start()
+        is_set_up.result()
 
     def submit(self, job: Job, operand: Array | None = None) -> HostFuture:
         """Queue a job without waiting; its operand's copy to the host has been started.
@@ -84,9 +90,29 @@ class HostLane:
         if not self._worker.is_alive():
             self._pools.clear()
 
-    def _work(self) -> None:
-        if self._cpus:
-            os.sched_setaffinity(0, {self._cpus[0]})  # of this thread alone
+    def describe(self) -> str:
+        """Return what the worker does, for whoever finds that nothing moves."""
+        running = self._running
+        if self._failure is not None:
+            doing = f"ended: {self._failure}"
+        elif running is None:
+            doing = "idle"
+        else:
+            job, start_sec = running
+            seconds = time.perf_counter() - start_sec
+            doing = f"{name_of(job)} of layer {job.layer} for {seconds:.1f} s"
+        return f"host lane: {doing}; {self._jobs.qsize()} jobs queued"
+
+    def _work(self, is_set_up: Future[None]) -> None:
+        try:
+            if self._cpus:
+                os.sched_setaffinity(0, {self._cpus[0]})  # of this thread alone
+            # Here, because the threads that first touch memory decide its NUMA node.
+            self._pools = self._programs.allocate()
+        except BaseException as error:
+            is_set_up.set_exception(error)
+            return
+        is_set_up.set_result(None)
         while (entry := self._jobs.get()) is not None:
             self._serve(*entry)
             del entry  # its operand holds device memory while the queue is empty
@@ -97,6 +123,7 @@ class HostLane:
             error.__cause__ = self._failure
             future.set_exception(error)
             return
+        self._running = job, time.perf_counter()
         try:
             if self._before_job is not None:
                 self._before_job(job)
@@ -106,6 +133,7 @@ class HostLane:
             future.set_exception(error)
         else:
             future.set_result(result)
+        self._running = None
 
     def _fail_pending(self) -> None:
         """Fail what is queued from the caller's thread: the worker may be busy, or gone."""
@@ -134,7 +162,7 @@ class HostLane:
         pool, out_bnh, _ = program(pool, qkv_bjh, tables_bm, lengths_b, np.int32(num_rows))
         self._pools[job.layer] = pool
         out_bnh.block_until_ready()
-        self._span(job, name_of(job), start_sec, rows=num_rows, cohort_id=job.cohort_id)
+        self._span("host", job, start_sec, rows=num_rows, cohort_id=job.cohort_id)
         return out_bnh
 
     def _write_pages(self, job: WritePages, pages_ik2zh: Float[np.ndarray, "i k 2 z h"]) -> None:
@@ -144,33 +172,34 @@ class HostLane:
         pool = program(self._pools[job.layer], pages_ik2zh, ids_i, num_pages)
         self._pools[job.layer] = pool
         pool.block_until_ready()
-        self._span(job, name_of(job), start_sec, pages=int(num_pages))
+        self._span("host", job, start_sec, pages=int(num_pages))
 
     def _read_pages(self, job: ReadPages) -> Float[Array, "i k 2 z h"]:
         start_sec = time.perf_counter()
-        count = smallest_that_holds(self._programs.page_counts, len(job.pages_i))
+        count = smallest_that_holds(self._programs.read_pages, len(job.pages_i))
         program = self._programs[ProgramKey("read_pages", (count,))]
         ids_i, num_pages = _pad(job.pages_i, count)
         pages_ik2zh = program(self._pools[job.layer], ids_i, num_pages)
         pages_ik2zh.block_until_ready()
-        self._span(job, name_of(job), start_sec, pages=int(num_pages))
+        self._span("host", job, start_sec, pages=int(num_pages))
         return pages_ik2zh
 
     def _receive(self, job: Job, operand: Array) -> np.ndarray:
         """Wait for the copy to the host that was started when the operand was enqueued."""
         start_sec = time.perf_counter()
         arrived = np.asarray(operand)
-        self._span(job, "transfer_to_host", start_sec, bytes=arrived.nbytes)
+        self._span("to host", job, start_sec, bytes=arrived.nbytes)
         return arrived
 
     def _send(self, job: Job, result: Array) -> Array:
         start_sec = time.perf_counter()
         sent = jax.device_put(np.asarray(result), self._device)
-        self._span(job, "transfer_to_device", start_sec, bytes=result.nbytes)
+        self._span("to device", job, start_sec, bytes=result.nbytes)
         return sent
 
-    def _span(self, job: Job, name: str, start_sec: float, **args: object) -> None:
-        self._on_span("host", name, start_sec, time.perf_counter(), layer=job.layer, **args)
+    def _span(self, lane: str, job: Job, start_sec: float, **args: object) -> None:
+        end_sec = time.perf_counter()
+        self._on_span(lane, name_of(job), start_sec, end_sec, layer=job.layer, **args)
 
 
 def load_host_op(host: HostConfig) -> HostOp:

@@ -5,7 +5,7 @@ page counts. Block tables have one fixed width, so that shapes depend on the buc
 ahead of time, so that nothing compiles afterwards. Called by the host lane.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ from apex_jax.programs import ProgramKey
 class HostPrograms:
     """All host executables of one model.
 
-    rows, page_counts: the buckets. max_sequence_pages: of the longest sequence, the width of block
-    tables. device: the CPU device whose memory holds the pools; where a CPU stands in for the
+    rows: buckets of cohorts. written_pages, read_pages: buckets of how many come from the device at
+    once, and go there. max_sequence_pages: of the longest sequence, the width of block tables.
+    device: the CPU device whose memory holds the pools; where a CPU stands in for the
     accelerator, another one than that. native_library.load() comes before.
     """
 
@@ -34,10 +35,11 @@ class HostPrograms:
         page_size: int,
         max_sequence_pages: int,
         rows: Iterable[int],
-        page_counts: Iterable[int],
+        written_pages: Iterable[int],
+        read_pages: Sequence[int],
         device: jax.Device,
     ):
-        self.max_sequence_pages = max_sequence_pages
+        self.max_sequence_pages, self.read_pages = max_sequence_pages, read_pages
         self._num_layers, self._dtype, self._device = model.num_layers, dtype, device
         self._page_shape = (model.num_kv_heads, 2, page_size, model.head_dim)
         self._num_pages = num_pages
@@ -63,14 +65,13 @@ class HostPrograms:
             compile_for(
                 num_rows, host_attention.append_and_attend, pool, qkv, tables, lengths, count
             )
-        for num_moved in page_counts:
-            pages, ids = struct((num_moved, *self._page_shape), dtype), struct((num_moved,), int32)
-            compile_for(num_moved, host_attention.write_pages, pool, pages, ids, count)
-            compile_for(num_moved, host_attention.read_pages, pool, ids, count)
-
-    @property
-    def page_counts(self) -> list[int]:
-        return [key.shape[0] for key in self._executables if key.stage == "read_pages"]
+        for num_written in written_pages:
+            pages = struct((num_written, *self._page_shape), dtype)
+            ids = struct((num_written,), int32)
+            compile_for(num_written, host_attention.write_pages, pool, pages, ids, count)
+        for num_read in read_pages:
+            ids = struct((num_read,), int32)
+            compile_for(num_read, host_attention.read_pages, pool, ids, count)
 
     def __getitem__(self, key: ProgramKey) -> Any:
         return self._executables[key]

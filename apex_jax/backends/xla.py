@@ -7,8 +7,7 @@ pool the host lane's. Called by the dispatch loop; knows nothing of requests.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any, Protocol, runtime_checkable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from apex_jax import packing
+from apex_jax.backends.completions import Completions
 from apex_jax.backends.handles import (
     AttendedHandle,
     DeviceAttendedHandle,
@@ -28,6 +28,7 @@ from apex_jax.backends.handles import (
     PagesHandle,
     TokensHandle,
 )
+from apex_jax.backends.host_lane import HostLane
 from apex_jax.buckets import smallest_that_holds
 from apex_jax.hardware import (
     Boundary,
@@ -53,22 +54,6 @@ from apex_jax.packing import DecodeArrays, PrefillArrays
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
 from apex_jax.programs import Programs
 from apex_jax.stages import BoundaryRows
-
-
-@runtime_checkable
-class Completions(Protocol):
-    """What the backend tells of its stages and jobs, and asks about them."""
-
-    def enqueued(self, handle: Any, stage: Stage, start_sec: float) -> None: ...
-    def submitted(self, handle: Any) -> None: ...
-    def wait_any(self, handles: Sequence[Handle], deadline_sec: float) -> Handle | None: ...
-
-
-@runtime_checkable
-class HostLane(Protocol):
-    """Runs jobs in the order of submission; an operand's copy to the host is under way."""
-
-    def submit(self, job: Job, operand: Array | None = None) -> Future[Any]: ...
 
 
 class XlaBackend:
@@ -108,7 +93,8 @@ class XlaBackend:
         return time.perf_counter()
 
     def wait_any(self, handles: Sequence[Handle], deadline_sec: float) -> Handle | None:
-        return self._completions.wait_any(handles, deadline_sec)
+        own = cast(Sequence[DeviceHandle | HostHandle], handles)
+        return self._completions.wait_any(own, deadline_sec)
 
     def submit_host(self, job: Job, operand: Handle | None = None) -> HostHandle:
         assert self._host_lane is not None
@@ -276,7 +262,8 @@ class XlaBackend:
             half = len(groups) // 2
             first_half = self._head(batches[:half], groups[:half])
             return first_half + self._head(batches[half:], groups[half:])
-        rows = smallest_that_holds(head_sizes, max(num_rows, *map(len, groups_bd)))
+        most_rows = max(map(len, groups_bd))
+        rows = smallest_that_holds(head_sizes, max(num_rows, most_rows + 1))
         for x_bd, first in zip(groups_bd, firsts, strict=True):
             program = self._programs[ProgramKey("place", (len(x_bd), rows))]
             self._head_rows_bd[rows] = program(self._head_rows_bd[rows], x_bd, np.int32(first))

@@ -114,6 +114,7 @@ class _Job:
             trace = self._open_trace(stack)
             started_sec = time.monotonic()
             engine = create_engine(self._config, self._progress.message, Timeline(trace))
+            stack.callback(engine.close)
             startup_sec = time.monotonic() - started_sec
             if tokenizer is not None:
                 tokenizer.check_vocabulary(engine.model.architecture.vocab_size)

@@ -72,7 +72,7 @@ class JobLoop:
         self._progress = progress
         self._interruption = interruption
         self._job_sha256 = job_sha256
-        num_running = config.scheduler.max_requests
+        num_running = config.scheduler.max_running
         # Twice what can run: a sweep may finish all of them at once, and the next must find work.
         self._max_waiting = 2 * num_running
         self._reorder = (

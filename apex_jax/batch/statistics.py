@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Mapping
 from typing import Any
 
-from apex_jax.sequence import Lane
 from apex_jax.request import RequestOutput
+from apex_jax.sequence import Lane
 
 PERCENTILES = (50, 90, 99)
 
