@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 from apex_jax.backends.simulated import SimulatedBackend
-from apex_jax.buckets import choose
+from apex_jax.buckets import HostLimits, choose
 from apex_jax.dispatch import Dispatch
 from apex_jax.request import Request, SamplingParams
-from apex_jax.scheduler import HostLimits, Scheduler
+from apex_jax.scheduler import Scheduler
 
 MAX_MODEL_LEN = 4096
 
@@ -27,14 +27,16 @@ class SimulatedLoop:
         layers_per_program=4,
         **backend,
     ):
+        has_host = policy.max_cohorts > 0
+        pages_per_request = MAX_MODEL_LEN // page_size
         buckets = choose(
             max_requests=max_requests,
             max_prefill_tokens=512,
             max_model_len=MAX_MODEL_LEN,
             num_pages=num_pages,
             page_size=page_size,
+            host=HostLimits(256, pages_per_request, pages_per_request) if has_host else None,
         )
-        host = HostLimits(num_host_pages, MAX_MODEL_LEN // page_size, max_host_requests, 256)
         self.scheduler = Scheduler(
             buckets=buckets,
             num_layers=times.num_layers,
@@ -44,7 +46,8 @@ class SimulatedLoop:
             vocab_size=100,
             eos_token_ids=frozenset(),
             policy=policy,
-            host=host if policy.max_cohorts else None,
+            num_host_pages=num_host_pages if has_host else 0,
+            max_host_requests=max_host_requests if has_host else 0,
         )
         self.backend = SimulatedBackend(
             times, layers_per_program=layers_per_program, page_size=page_size, **backend
