@@ -5,7 +5,7 @@ and no state of theirs: everything a decision rests on is its argument. `form` i
 scheduler, the rest by the dispatch loop. Imports no jax.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol, runtime_checkable
@@ -269,8 +269,20 @@ def split_evenly(
     return members
 
 
-def make_policy(config: SchedulerConfig, times: StageTimes | None = None) -> Policy:
-    """Return the policy of a strategy; `times` are needed where it predicts."""
+def cohort_rows(config: SchedulerConfig) -> int:
+    """Return the most rows that a cohort of the strategy may have."""
+    match config.strategy:
+        case "full_offload":
+            num_cohorts = 2
+        case "staggered" | "passes":
+            num_cohorts = config.cohorts
+        case _:
+            num_cohorts = 1  # or two of which one may have almost all
+    return -(-config.max_host_requests // num_cohorts)
+
+
+def make_policy(config: SchedulerConfig, measure: Callable[[], StageTimes]) -> Policy:
+    """Return the policy of a strategy; `measure` is called where it predicts."""
     match config.strategy:
         case "device_only":
             return DeviceOnly()
@@ -283,8 +295,6 @@ def make_policy(config: SchedulerConfig, times: StageTimes | None = None) -> Pol
         case "passes":
             return Merging(max_cohorts=config.cohorts, passes=config.passes)
         case "asymmetric_pipelining":
-            if times is None:
-                raise ValueError("asymmetric_pipelining predicts, and needs stage times")
-            return AsymmetricPipelining(times)
+            return AsymmetricPipelining(measure())
         case _:
             raise ValueError(f"strategy is {config.strategy!r}; config.py names those there are")
