@@ -357,7 +357,7 @@ def call_overhead(op: native_library.HostOp) -> Iterator[Row]:
     steps = {"jit": (jit, 1), "compiled": (as_the_engine, 1), "in_one_program": (inside, 200)}
     for name, (step, calls) in steps.items():
         step()
-        samples, share = quietest(functools.partial(calls_per_sec, step, 0.1), 9)
+        samples, share = quietest(functools.partial(calls_per_sec, step, 0.1), _ROUNDS.value)
         microseconds = 1e6 / calls / statistics.median(samples)
         yield {"call": name, "microseconds": microseconds, "others_cpu_share": share}
     if _NATIVE.value:
