@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     print(line(*head))
     print(line(*("---",) * len(head)))
     for path in map(pathlib.Path, argv[1:]):
-        for text in table(path.stem, json.loads(path.read_text())["groups"]["cells"]):
+        for text in table(path.stem, json.loads(path.read_text())["groups"].get("cells", ())):
             print(text)
 
 
