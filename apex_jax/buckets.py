@@ -17,7 +17,11 @@ MAX_HYBRID_EXECUTABLES = 128
 MAX_HYBRID_ROW_BUCKETS = 4
 MAX_HYBRID_CONTEXTS = 3
 MAX_HYBRID_CHUNKS = 4
-NUM_SIZES = 4  # of blocks by row bucket, of context, and of pages that change lanes
+NUM_SIZES = 4  # of blocks by row bucket, and of context
+# Pages cross between the lanes padded, and the link is slow: most sequences are far shorter than
+# the longest, so these sizes begin low and lie closer.
+MIN_TRANSIT_PAGES = 8
+NUM_TRANSIT_SIZES = 5
 MIN_ROWS = 2  # one row alone would take another matmul path on XLA's CPU, with other rounding
 # A decode block is a few pages of one row: its partial sums must cost little beside reading them.
 PAGES_PER_BLOCK = 8
@@ -42,14 +46,12 @@ class HostBuckets:
     """Shapes of the programs that only a host lane needs.
 
     cohort_rows: those of Buckets.rows that cohorts have. head_rows: where several groups of rows
-    are sampled together. transit_pages: on their way between the lanes at once; of these
-    staging_pages out of the staging plane, move_pages out of the device's pool or into it.
-    num_staging_pages: of the staging plane.
+    are sampled together. staging_pages: exported from the staging plane at once. move_pages:
+    exported from the device's pool, or imported into it. num_staging_pages: of the staging plane.
     """
 
     cohort_rows: tuple[int, ...]
     head_rows: tuple[int, ...]
-    transit_pages: tuple[int, ...]
     staging_pages: tuple[int, ...]
     move_pages: tuple[int, ...]
     num_staging_pages: int
@@ -91,11 +93,11 @@ class Buckets:
 
     @property
     def placements(self) -> tuple[tuple[int, int], ...]:
-        """The (group rows, head rows) of groups that share a head."""
+        """The (group rows, head rows) of groups that share a head with more rows than each."""
         if self.host is None:
             return ()
         pairs = itertools.product(self.rows, self.host.head_rows)
-        return tuple((rows, head_rows) for rows, head_rows in pairs if rows <= head_rows)
+        return tuple((rows, head_rows) for rows, head_rows in pairs if rows < head_rows)
 
     def head_rows(self, num_rows: int) -> int:
         """Return the row bucket in which `num_rows` rows are sampled."""
@@ -192,16 +194,15 @@ def _host_buckets(host: HostLimits, device_rows: Sequence[int], rows: Sequence[i
     """Choose what only the host lane needs.
 
     A head of several groups holds the most rows of both lanes, and takes more than one round where
-    still more are sampled. Pages: halves of the most, so that at most half of a transfer is
-    padding (of the few pages of a short sequence more).
+    still more are sampled.
     """
     cohort_rows = _up_to(rows, host.max_cohort_rows)
     most_pages = max(host.num_staging_pages, host.max_move_pages)
-    transit_pages = sorted({-(-most_pages // 2**step) for step in range(NUM_SIZES)})
+    smallest = min(MIN_TRANSIT_PAGES, most_pages)
+    transit_pages = _progression(smallest, most_pages, NUM_TRANSIT_SIZES)
     return HostBuckets(
         cohort_rows=cohort_rows,
         head_rows=(*rows, device_rows[-1] + cohort_rows[-1]),
-        transit_pages=tuple(transit_pages),
         staging_pages=_up_to(transit_pages, host.num_staging_pages),
         move_pages=_up_to(transit_pages, host.max_move_pages),
         num_staging_pages=host.num_staging_pages,

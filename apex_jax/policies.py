@@ -217,7 +217,9 @@ class AsymmetricPipelining:
             + times.linear(len(members[ALONE]))
         )
         num_rows = load.num_rows + len(members[ALONE]) + len(members[WITH_DEVICE])
-        return members if num_rows / pipelined_sec > sequential_rate else {}
+        if num_rows / pipelined_sec <= sequential_rate:
+            return {}
+        return {one: rows for one, rows in members.items() if rows}
 
     def _slack_sec(
         self, members: Mapping[int, Sequence[int]], lengths: Sequence[int], load: DeviceLoad

@@ -37,7 +37,11 @@ class Timeline:
         return self._trace is not None
 
     def span(self, lane: str, name: str, start_sec: float, end_sec: float, **args: Any) -> None:
-        """Report something that took time; `args` are shown with it (sweep, cohort, layer, ...)."""
+        """Report something that took time.
+
+        args: shown with it; by custom `sweep`, `cohort` (ids), `layer`, `rows` (a count) and
+        `requests` (ids).
+        """
         kind = _kind(lane)
         if kind is not None:
             with self._lock:

@@ -22,6 +22,7 @@ FLUSH_SEC = 0.5
 # millisecond, the dispatch loop gets its turn.
 EVENTS_PER_TURN = 64
 PAUSE_SEC = 50e-6
+_BUFFER_BYTES = 2**20  # holds such a group, so that it is written at once: a kill tears no event
 
 LANES = ("scheduler", "dispatch", "device", "to host", "to device", "host")  # from the top
 HOST_THREAD = "host thread"
@@ -59,7 +60,7 @@ class TraceFile:
         self.num_events = 0
         self.num_dropped = 0
         self._origin_sec, self._max_events = origin_sec, max_events
-        self._file = open(path, "ab")  # noqa: SIM115 (until close)
+        self._file = open(path, "ab", _BUFFER_BYTES)  # noqa: SIM115 (until close)
         self._is_empty = True
         self._lock = threading.Lock()  # of the counts
         self._pending: deque[Event] = deque()
@@ -98,7 +99,7 @@ class TraceFile:
         self._take_from_sources()
         self._is_closed = True
         self._write_pending(pause_sec=0.0)
-        with contextlib.suppress(OSError):  # where writing failed before, closing tries once more
+        with contextlib.suppress(OSError):  # closing writes again what could not be written
             if not self._is_empty and self.error is None:
                 self._file.write(b"\n]\n")
             self._file.close()
@@ -146,8 +147,8 @@ class TraceFile:
                     self._file.write(b",\n")
                 self._is_empty = False
                 self._file.write(",\n".join(lines).encode())
+                self._file.flush()
                 time.sleep(pause_sec)
-            self._file.flush()
         except OSError as error:
             self.error = error
             self._pending.clear()

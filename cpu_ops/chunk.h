@@ -63,9 +63,11 @@ struct Merge {
   float* lse_g;  // log-sum-exp of the scores, natural
 };
 
+using AttendFunction = void (*)(const Chunk&);
+
 // A function for each pool dtype, in the order of DType, and for tiles of 16 and of 8.
 struct ChunkFunctions {
-  void (*attend[3][2])(const Chunk&);
+  AttendFunction attend[3][2];
   void (*merge)(const Merge&);
 };
 

@@ -1,16 +1,19 @@
 // The kernel, written once over a SIMD type and compiled once per instruction set.
 //
 // A simd type `S` has: F, a vector of kLanes floats; kAccumulators, how many of them stay in
-// registers through an inner loop; Zero, Set1, Load, Store, Add, Sub, Mul, Fma(a, b, c) = a * b +
+// registers through an inner loop; Zero, Set1, Load, Store, Add, Sub, Fma(a, b, c) = a * b +
 // c, Max(a, b) that returns b where either is NaN, ScaleByPowerOf2; Load from float and Half;
 // Deinterleave(p, lo, hi) of 2 * kLanes BFloats into even and odd elements; LoadPairTail for rows
-// that end within a pair of vectors (only where 2 * kLanes > 8). This file includes nothing of an
+// that end within a pair of vectors (only where 2 * kLanes > 8); and where kDotsPairs: Mul,
+// LoadPairs of 2 * kLanes BFloats as they are, and DotPairs(a, b, c) of two such, a lane of which is
+// c + a[even] * b[even] + a[odd] * b[odd]. This file includes nothing of an
 // instruction set's own, and every function here is a template on S: the translation units, built
 // with different flags, share no code of it.
 
 #ifndef APEX_JAX_CPU_OPS_CHUNK_KERNEL_H_
 #define APEX_JAX_CPU_OPS_CHUNK_KERNEL_H_
 
+#include <cstring>
 #include <type_traits>
 
 #include "chunk.h"
@@ -113,6 +116,10 @@ struct HeadsKernel {
   // Rows of queries start in different sets of the L1 cache.
   static constexpr int kQueryStride = kMaxHeadDim + 16;
 
+  // Whether scores can come from bfloat16 queries and keys as they are, two dims at once.
+  static constexpr bool kCanDot = S::kDotsPairs && std::is_same_v<Element, BFloat>;
+
+  // In float32; or, where dotted, their bfloat16 bits, two dims to a float.
   alignas(kCacheLine) float q_gh[kHeads * kQueryStride];
   alignas(kCacheLine) float weights_gs[kHeads * kChunkTokens];
   alignas(kCacheLine) float sums_gh[kHeads * kMaxHeadDim];  // dims in pair order
@@ -121,17 +128,25 @@ struct HeadsKernel {
     const int h = chunk.head_dim;
     const int padded_dims = (h + kPair - 1) / kPair * kPair;
 
-    // Pass 1: scores = scale * einsum("gh,sh->gs", q, k), the scale taken into q.
-    Dispatch(chunk.q_dtype, [&](auto like) {
-      const auto* q = static_cast<const decltype(like)*>(chunk.q_gh) + int64_t{head} * h;
-      for (int g = 0; g < kHeads; ++g) {
-        for (int d = 0; d < h; ++d) {
-          q_gh[g * kQueryStride + d] = ToFloat(q[g * h + d]) * chunk.scale;
-        }
-      }
-    });
+    // Pass 1: scores = scale * einsum("gh,sh->gs", q, k), the scale taken into q where q is float32.
     int tile = 0;
-    QDotK<kKeyTiles>(chunk, tile);
+    if (kCanDot && chunk.q_dtype == DType::kBFloat16) {
+      const auto* q = static_cast<const BFloat*>(chunk.q_gh) + int64_t{head} * h;
+      for (int g = 0; g < kHeads; ++g) {
+        std::memcpy(q_gh + g * kQueryStride, q + g * h, h * sizeof *q);
+      }
+      QDotK<kKeyTiles, kCanDot>(chunk, tile);
+    } else {
+      Dispatch(chunk.q_dtype, [&](auto like) {
+        const auto* q = static_cast<const decltype(like)*>(chunk.q_gh) + int64_t{head} * h;
+        for (int g = 0; g < kHeads; ++g) {
+          for (int d = 0; d < h; ++d) {
+            q_gh[g * kQueryStride + d] = ToFloat(q[g * h + d]) * chunk.scale;
+          }
+        }
+      });
+      QDotK<kKeyTiles, false>(chunk, tile);
+    }
 
     // Pass 2: weights = 2^(scores - max). Slots after the last token may hold anything.
     for (int g = 0; g < kHeads; ++g) {
@@ -161,18 +176,18 @@ struct HeadsKernel {
 
   // Scores of the tiles from `tile` on, kTiles at a time while there are so many, then half as
   // many.
-  template <int kTiles>
+  template <int kTiles, bool kDots>
   APEX_INLINE void QDotK(const Chunk& chunk, int& tile) {
     for (; tile + kTiles <= chunk.num_tiles; tile += kTiles) {
       APEX_UNROLL
       for (int slice = 0; slice < kVectors; slice += kSlice) {
-        QDotKBlock<kTiles>(chunk, tile, slice);
+        QDotKBlock<kTiles, kDots>(chunk, tile, slice);
       }
     }
-    if constexpr (kTiles > 1) QDotK<kTiles / 2>(chunk, tile);
+    if constexpr (kTiles > 1) QDotK<kTiles / 2, kDots>(chunk, tile);
   }
 
-  template <int kTiles>
+  template <int kTiles, bool kDots>
   __attribute__((noinline)) void QDotKBlock(const Chunk& chunk, int tile, int slice) {
     constexpr int kRowBytes = 2 * kTile * sizeof(Element);
     // Tiles whose keys share one broadcast of a query's element, where registers hold so many.
@@ -192,39 +207,28 @@ struct HeadsKernel {
       }
     }
     for (int d = 0; d < h / 2; ++d) {
+      const int64_t row = d * int64_t{kRowBytes};
       APEX_UNROLL
       for (int first = 0; first < kTiles; first += kTogether) {
-        F lo[kTogether][kSlice], hi[kTogether][kSlice];
         APEX_UNROLL
-        for (int t = 0; t < kTogether; ++t) {
-          const int64_t row = d * int64_t{kRowBytes};
-          if (slice == 0) PrefetchToL2<kRowBytes>(next_rows[first + t] + row);
-          APEX_UNROLL
-          for (int v = 0; v < kSlice; ++v) {
-            LoadKeys<S, kTile>(reinterpret_cast<const Element*>(rows[first + t] + row), slice + v,
-                               lo[t][v], hi[t][v]);
-          }
+        for (int t = first; t < first + kTogether; ++t) {
+          if (slice == 0) PrefetchToL2<kRowBytes>(next_rows[t] + row);
         }
-        APEX_UNROLL
-        for (int g = 0; g < kHeads; ++g) {
-          const F q_lo = S::Set1(q_gh[g * kQueryStride + 2 * d]);
-          APEX_UNROLL
-          for (int t = 0; t < kTogether; ++t) {
-            APEX_UNROLL
-            for (int v = 0; v < kSlice; ++v) {
-              scores[first + t][v][g] = S::Fma(lo[t][v], q_lo, scores[first + t][v][g]);
-            }
-          }
+        if constexpr (kDots) {
+          AddDots<kTogether>(rows + first, row, slice, d, scores + first);
+        } else {
+          AddProducts<kTogether>(rows + first, row, slice, d, scores + first);
         }
+      }
+    }
+    if constexpr (kDots) {
+      APEX_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
         APEX_UNROLL
-        for (int g = 0; g < kHeads; ++g) {
-          const F q_hi = S::Set1(q_gh[g * kQueryStride + 2 * d + 1]);
+        for (int v = 0; v < kSlice; ++v) {
           APEX_UNROLL
-          for (int t = 0; t < kTogether; ++t) {
-            APEX_UNROLL
-            for (int v = 0; v < kSlice; ++v) {
-              scores[first + t][v][g] = S::Fma(hi[t][v], q_hi, scores[first + t][v][g]);
-            }
+          for (int g = 0; g < kHeads; ++g) {
+            scores[t][v][g] = S::Mul(scores[t][v][g], S::Set1(chunk.scale));
           }
         }
       }
@@ -237,6 +241,65 @@ struct HeadsKernel {
         for (int g = 0; g < kHeads; ++g) {
           S::Store(weights_gs + g * kChunkTokens + (tile + t) * kTile + (slice + v) * kLanes,
                    scores[t][v][g]);
+        }
+      }
+    }
+  }
+
+  // Adds the products of dims 2d and 2d + 1, which lie at `row` of each tile, to its scores.
+  template <int kTiles>
+  APEX_INLINE void AddProducts(const char* const* rows, int64_t row, int slice, int d,
+                               F (*scores)[kSlice][kHeads]) {
+    F lo[kTiles][kSlice], hi[kTiles][kSlice];
+    APEX_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      APEX_UNROLL
+      for (int v = 0; v < kSlice; ++v) {
+        LoadKeys<S, kTile>(reinterpret_cast<const Element*>(rows[t] + row), slice + v, lo[t][v],
+                           hi[t][v]);
+      }
+    }
+    APEX_UNROLL
+    for (int g = 0; g < kHeads; ++g) {
+      const F q_lo = S::Set1(q_gh[g * kQueryStride + 2 * d]);
+      APEX_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
+        APEX_UNROLL
+        for (int v = 0; v < kSlice; ++v) scores[t][v][g] = S::Fma(lo[t][v], q_lo, scores[t][v][g]);
+      }
+    }
+    APEX_UNROLL
+    for (int g = 0; g < kHeads; ++g) {
+      const F q_hi = S::Set1(q_gh[g * kQueryStride + 2 * d + 1]);
+      APEX_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
+        APEX_UNROLL
+        for (int v = 0; v < kSlice; ++v) scores[t][v][g] = S::Fma(hi[t][v], q_hi, scores[t][v][g]);
+      }
+    }
+  }
+
+  // The same, of bfloat16 pairs.
+  template <int kTiles>
+  APEX_INLINE void AddDots(const char* const* rows, int64_t row, int slice, int d,
+                           F (*scores)[kSlice][kHeads]) {
+    F keys[kTiles][kSlice];
+    APEX_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      APEX_UNROLL
+      for (int v = 0; v < kSlice; ++v) {
+        const auto* pairs = reinterpret_cast<const Element*>(rows[t] + row);
+        keys[t][v] = S::LoadPairs(pairs + 2 * (slice + v) * kLanes);
+      }
+    }
+    APEX_UNROLL
+    for (int g = 0; g < kHeads; ++g) {
+      const F q_pair = S::Set1(q_gh[g * kQueryStride + d]);
+      APEX_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
+        APEX_UNROLL
+        for (int v = 0; v < kSlice; ++v) {
+          scores[t][v][g] = S::DotPairs(keys[t][v], q_pair, scores[t][v][g]);
         }
       }
     }

@@ -332,6 +332,25 @@ APEX_EXPORT int64_t apex_take_spans(apex::ThreadSpan* spans, int64_t max_spans,
   return op == nullptr ? 0 : op->threads().TakeSpans(spans, max_spans, num_dropped);
 }
 
+// What is wrong with values that a call would write by, or null. A call itself finds out too late
+// for its caller, who has given the pool away by then.
+APEX_EXPORT const char* apex_check_append(int64_t num_pages, int64_t page_size,
+                                          const int32_t* block_tables, const int32_t* lengths,
+                                          int64_t num_rows, int64_t max_pages) {
+  static thread_local std::string error;
+  error = apex::CheckAppend({num_pages, 1, page_size, 8, apex::DType::kFloat32},
+                            {block_tables, lengths, num_rows, max_pages});
+  return error.empty() ? nullptr : error.c_str();
+}
+
+APEX_EXPORT const char* apex_check_written_pages(int64_t num_pages, const int32_t* page_ids,
+                                                 int64_t num_ids) {
+  static thread_local std::string error;
+  error = apex::CheckPageIds({num_pages, 1, 8, 8, apex::DType::kFloat32}, page_ids, num_ids,
+                             /*must_differ=*/true);
+  return error.empty() ? nullptr : error.c_str();
+}
+
 APEX_EXPORT const char* apex_supported_isas() {
   static const std::string names = apex::SupportedIsas();
   return names.c_str();

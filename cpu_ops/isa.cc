@@ -33,7 +33,14 @@ std::vector<Isa> DetectIsas() {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has_avx2 && has_avx512) {
-    isas.push_back({"avx512", WithNarrowTiles(kAvx512Functions, kAvx2Functions)});
+    const ChunkFunctions functions = WithNarrowTiles(kAvx512Functions, kAvx2Functions);
+    isas.push_back({"avx512", functions});
+    if (__builtin_cpu_supports("avx512bf16")) {
+      ChunkFunctions with_bf16 = functions;
+      with_bf16.attend[static_cast<int>(DType::kBFloat16)][0] = kAvx512Bf16Attend;
+      // AMD's cores start a vdpbf16ps every cycle, Intel's every other one: no faster than FMAs.
+      isas.insert(__builtin_cpu_is("amd") ? isas.begin() : isas.end(), {"avx512_bf16", with_bf16});
+    }
   }
   if (has_avx2) isas.push_back({"avx2", kAvx2Functions});
 #elif defined(__aarch64__)

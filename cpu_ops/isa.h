@@ -13,6 +13,7 @@
 namespace apex {
 
 extern const ChunkFunctions kAvx512Functions;
+extern const AttendFunction kAvx512Bf16Attend;
 extern const ChunkFunctions kAvx2Functions;
 extern const ChunkFunctions kNeonFunctions;
 extern const ChunkFunctions kPortableFunctions;

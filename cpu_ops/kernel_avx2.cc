@@ -15,6 +15,7 @@ struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kAccumulators = 8;  // of 16 registers; the rest hold operands
+  static constexpr bool kDotsPairs = false;
 
   static APEX_INLINE F Zero() { return _mm256_setzero_ps(); }
   static APEX_INLINE F Set1(float value) { return _mm256_set1_ps(value); }

@@ -15,6 +15,7 @@ struct Neon {
   using F = float32x4_t;
   static constexpr int kLanes = 4;
   static constexpr int kAccumulators = 16;  // of 32 registers; the rest hold operands
+  static constexpr bool kDotsPairs = false;
 
   static APEX_INLINE F Zero() { return vdupq_n_f32(0); }
   static APEX_INLINE F Set1(float value) { return vdupq_n_f32(value); }

@@ -13,6 +13,7 @@ struct Portable {
   typedef uint32_t U __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
   static constexpr int kAccumulators = 8;
+  static constexpr bool kDotsPairs = false;
 
   static APEX_INLINE F Zero() { return F{}; }
   static APEX_INLINE F Set1(float value) { return F{value, value, value, value}; }

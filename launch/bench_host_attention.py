@@ -1,24 +1,31 @@
 """Measure the host attention op against the machine's memory and against other implementations.
 
-    python -m launch.bench_host_attention --output=docs/results/host_attention.json
+    python -m launch.bench_host_attention --output=docs/results/host_attention/bfloat16.json
 
-Each cell (head shape, dtype, threads, context, batch) reads KV from memory only: calls rotate over
-more than 2 GiB. A round times every contestant in turn, so noise meets all alike; what counts is
-the median over rounds of (KV bytes per second) / (bytes per second of reading the same memory in
-order with the same threads). The op is called through jax.jit, one layer a call, and inside one
-program as the overhead rows. Peers: torch's scaled_dot_product_attention (contiguous KV, where
-torch is installed) and attention in plain jnp (contiguous KV). --native adds the bare kernel.
+Each cell (head shape, dtype, instruction set, threads, context, batch) reads KV from memory only:
+calls rotate over more than 2 GiB. A round times every contestant in turn, so noise meets all alike;
+what counts is the median over rounds of (KV bytes per second) / (bytes per second of reading the
+same memory in order with the same threads). Rounds in which other processes took CPU time are
+taken again, and each row says how much they had in those that were kept. Contestants, one layer a
+call: `jit`, attend as a user calls it; `compiled`, append and attend compiled ahead of time with
+the pool donated, as the engine calls it; `torch_sdpa`, the fastest of torch's formulations where
+torch is installed; `jnp` under jit. With --native also, interleaved with a reader of its own,
+`kernel`, the op without XLA, and ggml's flash attention where the native benchmark was built with
+it (cpu_ops/README.md); and a group of rows that tells where the limit lies.
 """
 
 import functools
 import importlib
+import importlib.util
 import json
+import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +34,44 @@ from absl import app, flags
 
 from apex_jax.ops import host_attention, native_library
 from launch.environment import environment
+from launch.measuring import ResultFile, Row
 
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", required=True)
 _LIBRARY = flags.DEFINE_string("library", None, "The op's library, if not the installed one.")
 _NATIVE = flags.DEFINE_string("native", None, "attention_benchmark, as CMake builds it.")
+_SHAPES = flags.DEFINE_list("shapes", ["llama_2_7b", "llama_3_1_8b"], "Head shapes.")
 _THREADS = flags.DEFINE_list("threads", ["1", "2"], "Numbers of threads.")
-_ISA = flags.DEFINE_string("isa", "", "Instruction set; empty for the best.")
-_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float16"], "Dtypes of the KV.")
+_ISAS = flags.DEFINE_list("isas", [""], "Instruction sets; an empty one is the best.")
+_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float16"], "Dtypes of the KV and queries.")
 _CELLS = flags.DEFINE_list(
     "cells",
-    ["128x1", "128x64", "512x16", "1024x8", "1024x64", "4096x4", "8192x1", "8192x8", "32768x2"],
+    ["128x1", "128x64", "1024x8", "4096x8", "32768x1"],
     "CONTEXTxBATCH of each cell.",
 )
 _PEERS = flags.DEFINE_bool("peers", True, "Also time torch and jnp.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds per cell.")
+_BUDGET = flags.DEFINE_integer("budget_sec", 3600, "No further cell begins after this time.")
+_SMOKE = flags.DEFINE_bool("smoke", False, "A tiny pool: does it run?")
 
-SHAPES = {"llama-2-7b": (32, 32, 128), "llama-3.1-8b": (32, 8, 128)}  # query heads, KV heads, h
+# Query heads, KV heads, head_dim.
+SHAPES = {
+    "llama_2_7b": (32, 32, 128),
+    "llama_3_1_8b": (32, 8, 128),
+    "llama_3_1_70b": (64, 8, 128),
+}
 PAGE_SIZE = 64
-POOL_BYTES = 2304 << 20
 MIN_CALL_SEC = 0.03  # each contestant repeats its call this long in a round
 NATIVE_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+QUIET_SHARE = 0.03  # of a CPU: what others may take in a round that counts
+MAX_ATTEMPTS = 4  # times the rounds asked for, until so many were quiet
+LARGE_TOKENS = 8192  # of a call: from here on the targets hold
+
+Step = Callable[[], Any]
+Result = TypeVar("Result")
+
+
+def pool_bytes() -> int:
+    return (8 if _SMOKE.value else 2304) << 20
 
 
 class Pool:
@@ -55,16 +80,16 @@ class Pool:
     def __init__(self, kv_heads: int, head_dim: int, dtype: str, context: int, batch: int) -> None:
         pages_per_call = batch * -(-context // PAGE_SIZE)
         page_bytes = kv_heads * 2 * PAGE_SIZE * head_dim * np.dtype(dtype).itemsize
-        self.num_calls = max(2, POOL_BYTES // (pages_per_call * page_bytes))
+        self.call_bytes = pages_per_call * page_bytes
+        self.num_calls = max(2, pool_bytes() // self.call_bytes)
         num_pages = self.num_calls * pages_per_call
         self.array = host_attention.allocate_pool(num_pages, kv_heads, PAGE_SIZE, head_dim, dtype)
-        self.call_bytes = pages_per_call * page_bytes
         ids = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
         self.tables = [jnp.asarray(part) for part in ids.reshape(self.num_calls, batch, -1)]
         self.lengths = jnp.full((batch,), context, jnp.int32)
 
 
-def rotate(call: Callable[[int], Any], num_calls: int) -> Callable[[], None]:
+def rotate(call: Callable[[int], Any], num_calls: int) -> Step:
     """Return a function that makes the next call on the next part of the memory."""
     state = [0]
 
@@ -75,29 +100,110 @@ def rotate(call: Callable[[int], Any], num_calls: int) -> Callable[[], None]:
     return step
 
 
-def calls_per_sec(step: Callable[[], None]) -> float:
+def calls_per_sec(step: Step, min_sec: float = MIN_CALL_SEC) -> float:
     count, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < MIN_CALL_SEC or count == 0:
+    while (elapsed := time.perf_counter() - start) < min_sec or count == 0:
         step()
         count += 1
     return count / elapsed
 
 
-def torch_peer(shape, dtype: str, context: int, batch: int, threads: int, num_calls: int):
-    """Return torch's step over as many contiguous copies as the pool has calls, or None."""
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError:
-        return None
+def others_cpu_sec() -> float:
+    """Return the CPU time that other processes have had so far; 0 where Linux does not tell."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return 0
+    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    busy_sec = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return busy_sec - sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def quietest(measure_once: Callable[[], Result], count: int) -> tuple[list[Result], float]:
+    """Measure until `count` results are quiet, or often enough; return the quietest.
+
+    The second value is the largest share of a CPU that others had in one of them.
+    """
+    results: list[tuple[float, int, Result]] = []
+    while len(results) < MAX_ATTEMPTS * count:
+        start, others_sec = time.perf_counter(), others_cpu_sec()
+        result = measure_once()
+        share = (others_cpu_sec() - others_sec) / (time.perf_counter() - start)
+        results.append((max(share, 0.0), len(results), result))
+        if sum(share <= QUIET_SHARE for share, *_ in results) >= count:
+            break
+    kept = sorted(results)[:count]
+    return [result for *_, result in kept], kept[-1][0]
+
+
+def op_steps(pool: Pool, num_heads: int) -> dict[str, Step]:
+    """Return the reader's step and the op's, as `jit` and as `compiled`."""
+    kv_heads, head_dim = pool.array.shape[1], pool.array.shape[4]
+    batch, dtype = len(pool.lengths), pool.array.dtype
+    q = jnp.ones((batch, num_heads, head_dim), dtype)
+    qkv = jnp.ones((batch, num_heads + 2 * kv_heads, head_dim), dtype)
+    address = pool.array.unsafe_buffer_pointer()
+    compiled = (
+        jax.jit(host_attention.append_and_attend, donate_argnums=0)
+        .lower(pool.array, qkv, pool.tables[0], pool.lengths)
+        .compile()
+    )
+
+    def read(i: int) -> None:
+        native_library.read_memory(address + i * pool.call_bytes, pool.call_bytes)
+
+    def jit(i: int) -> None:
+        out, _ = host_attention.attend(pool.array, q, pool.tables[i], pool.lengths)
+        out.block_until_ready()
+
+    def as_the_engine(i: int) -> None:
+        pool.array, out, _ = compiled(pool.array, qkv, pool.tables[i], pool.lengths)
+        out.block_until_ready()
+
+    calls = {"read": read, "jit": jit, "compiled": as_the_engine}
+    return {name: rotate(call, pool.num_calls) for name, call in calls.items()}
+
+
+def torch_step(
+    shape: tuple[int, int, int], dtype: str, context: int, batch: int, threads: int
+) -> tuple[str, Step]:
+    """Return the name and the step of torch's fastest formulation over contiguous KV."""
+    torch = importlib.import_module("torch")
     torch.set_num_threads(threads)
     heads, kv_heads, head_dim = shape
     kind = getattr(torch, dtype)
-    kv = torch.zeros(num_calls, 2, batch, kv_heads, context, head_dim, dtype=kind)
-    q = torch.ones(batch, heads, 1, head_dim, dtype=kind)
-    attend = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention, enable_gqa=heads != kv_heads
-    )
-    return rotate(lambda i: attend(q, kv[i, 0], kv[i, 1]), num_calls)
+    call_bytes = 2 * batch * kv_heads * context * head_dim * np.dtype(dtype).itemsize
+    num_calls = max(2, pool_bytes() // 2 // call_bytes)
+    # Written to: memory that was only asked for is one page of zeros, in every cache.
+    kv = torch.full((num_calls, 2, batch, kv_heads, context, head_dim), 0.5, dtype=kind)
+    q_bn1h = torch.ones(batch, heads, 1, head_dim, dtype=kind)
+    q_bkgh = q_bn1h.view(batch, kv_heads, heads // kv_heads, head_dim)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    scale = head_dim**-0.5
+
+    def repeated(x_bksh: Any) -> Any:
+        expanded = x_bksh[:, :, None].expand(-1, -1, heads // kv_heads, -1, -1)
+        return expanded.reshape(batch, heads, context, head_dim)
+
+    def matmuls(k: Any, v: Any) -> Any:
+        scores = torch.matmul(q_bkgh, k.transpose(-1, -2)) * scale
+        return torch.matmul(torch.softmax(scores, -1), v)
+
+    formulations = {
+        "sdpa, enable_gqa": lambda k, v: attend(q_bn1h, k, v, enable_gqa=heads != kv_heads),
+        "sdpa, a group as query tokens": lambda k, v: attend(q_bkgh, k, v),
+        "sdpa, repeated KV": lambda k, v: attend(q_bn1h, repeated(k), repeated(v)),
+        "matmul, softmax, matmul": matmuls,
+    }
+    steps = {
+        name: rotate(lambda i, call=call: call(kv[i, 0], kv[i, 1]), num_calls)
+        for name, call in formulations.items()
+        if heads != kv_heads or name not in ("sdpa, repeated KV", "sdpa, a group as query tokens")
+    }
+    for step in steps.values():
+        step()
+    best = max(steps, key=lambda name: calls_per_sec(steps[name]))
+    return best, steps[best]
 
 
 @jax.jit
@@ -107,71 +213,79 @@ def _jnp_attend(q_bkgh: jax.Array, kv_2bksh: jax.Array) -> jax.Array:
     return jnp.einsum("bkgs,bksh->bkgh", weights, kv_2bksh[1])
 
 
-def jnp_peer(shape, dtype: str, context: int, batch: int, num_calls: int) -> Callable[[], None]:
+def jnp_step(shape: tuple[int, int, int], dtype: str, context: int, batch: int) -> Step:
     """Return jnp's step; XLA's own threads, as many as there are CPUs."""
     heads, kv_heads, head_dim = shape
+    call_bytes = 2 * batch * kv_heads * context * head_dim * np.dtype(dtype).itemsize
+    num_calls = max(2, pool_bytes() // 2 // call_bytes)
     kv = [jnp.zeros((2, batch, kv_heads, context, head_dim), dtype) for _ in range(num_calls)]
     q = jnp.ones((batch, kv_heads, heads // kv_heads, head_dim), dtype)
     return rotate(lambda i: _jnp_attend(q, kv[i]).block_until_ready(), num_calls)
 
 
-def measure(name: str, dtype: str, context: int, batch: int, op: native_library.HostOp) -> dict:
-    """Return one cell's row: GB/s and quotients, medians and extremes over the rounds."""
-    shape = heads, kv_heads, head_dim = SHAPES[name]
+def measure(name: str, dtype: str, context: int, batch: int, op: native_library.HostOp) -> Row:
+    """Return one cell's row: of each contestant GB/s and the quotient by the reader's."""
+    shape = num_heads, kv_heads, head_dim = SHAPES[name]
     pool = Pool(kv_heads, head_dim, dtype, context, batch)
     kv_bytes = 2 * batch * context * kv_heads * head_dim * np.dtype(dtype).itemsize
-    q = jnp.ones((batch, heads, head_dim), dtype)
-    address = pool.array.unsafe_buffer_pointer()
-
-    def attend(i: int) -> None:
-        out, _ = host_attention.attend(pool.array, q, pool.tables[i], pool.lengths)
-        out.block_until_ready()
-
-    def read(i: int) -> None:
-        native_library.read_memory(address + i * pool.call_bytes, pool.call_bytes)
-
-    steps = {"read": rotate(read, pool.num_calls), "op": rotate(attend, pool.num_calls)}
-    if _PEERS.value:
-        small = max(2, pool.num_calls // 2)  # both copies beside the pool: at least 1 GiB each
-        torch_step = torch_peer(shape, dtype, context, batch, op.num_threads, small)
-        if torch_step is not None:
-            steps["torch_sdpa"] = torch_step
-        steps["jnp"] = jnp_peer(shape, dtype, context, batch, small)
-    for step in steps.values():
-        step()  # compiles
-    rounds = [
-        {key: calls_per_sec(step) for key, step in steps.items()} for _ in range(_ROUNDS.value)
-    ]
-    row: dict[str, Any] = {
+    row: Row = {
         "shape": name,
         "dtype": dtype,
+        "isa": op.isa,
         "threads": op.num_threads,
         "context": context,
         "batch": batch,
     }
-    for key in steps:
-        bytes_per_call = pool.call_bytes if key == "read" else kv_bytes
-        rates = [one[key] * bytes_per_call / 1e9 for one in rounds]
-        row[f"{key}_gb_per_sec"] = spread(rates)
-        if key != "read":
-            read_rates = [one["read"] * pool.call_bytes / 1e9 for one in rounds]
-            row[f"{key}_of_read"] = spread(
-                [rate / read_rate for rate, read_rate in zip(rates, read_rates, strict=True)]
+    steps = op_steps(pool, num_heads)
+    if _PEERS.value:
+        if importlib.util.find_spec("torch") is not None:
+            row["torch_formulation"], steps["torch_sdpa"] = torch_step(
+                shape, dtype, context, batch, op.num_threads
             )
+        steps["jnp"] = jnp_step(shape, dtype, context, batch)
+    for step in steps.values():
+        step()  # compiles
+
+    def one_round() -> dict[str, float]:
+        per_sec = {key: calls_per_sec(step) for key, step in steps.items()}
+        num_bytes = dict.fromkeys(steps, kv_bytes) | {"read": pool.call_bytes}
+        return {key: per_sec[key] * num_bytes[key] / 1e9 for key in steps}
+
+    rounds, row["others_cpu_share"] = quietest(one_round, _ROUNDS.value)
+    rates = {key: [one[key] for one in rounds] for key in steps}
+    row["read_gb_per_sec"] = statistics.median(rates["read"])
+    row["least_read_gb_per_sec"] = min(rates["read"])
+    row |= {key: against(rates[key], rates["read"]) for key in steps if key != "read"}
+    if _NATIVE.value:
+        row |= native_columns(shape, dtype, context, batch, op)
     return row
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    numbers = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {key: round(value, 4) for key, value in numbers.items()}
+def against(rates: list[float], read_rates: list[float]) -> dict[str, float]:
+    """Return the median rate, and the median and the extremes of its rounds' quotients."""
+    quotients = [rate / read for rate, read in zip(rates, read_rates, strict=True)]
+    numbers = {
+        "gb_per_sec": statistics.median(rates),
+        "of_read": statistics.median(quotients),
+        "least_of_read": min(quotients),
+        "most_of_read": max(quotients),
+    }
+    return {key: float(f"{number:.4g}") for key, number in numbers.items()}
 
 
-def native_row(name: str, dtype: str, context: int, batch: int, op: native_library.HostOp) -> str:
-    """Return what the native benchmark says of the same cell: the bare kernel, no XLA."""
-    heads, kv_heads, head_dim = SHAPES[name]
+def run_native(
+    shape: tuple[int, int, int],
+    dtype: str,
+    context: int,
+    batch: int,
+    op: native_library.HostOp,
+    **others: int,
+) -> dict[str, Any]:
+    """Return what the native benchmark prints for a cell; others: its remaining settings."""
+    num_heads, kv_heads, head_dim = shape
     settings = {
         "kv_heads": kv_heads,
-        "group": heads // kv_heads,
+        "group": num_heads // kv_heads,
         "head_dim": head_dim,
         "dtype": NATIVE_DTYPES[dtype],
         "context": context,
@@ -180,89 +294,165 @@ def native_row(name: str, dtype: str, context: int, batch: int, op: native_libra
         "page": PAGE_SIZE,
         "isa": op.isa,
         "rounds": _ROUNDS.value,
+        "pool_mib": pool_bytes() >> 20,
     }
+    settings |= others
     command = [_NATIVE.value, *(f"{key}={value}" for key, value in settings.items())]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(printed)
 
 
-def call_overhead_microseconds() -> dict[str, float]:
-    """Return the time of the least call, one token of one head: alone, and inside one program."""
-    pool = host_attention.allocate_pool(8, 1, 16, 8, "bfloat16")
-    q = jnp.ones((1, 1, 8), jnp.float32)
+def native_columns(
+    shape: tuple[int, int, int], dtype: str, context: int, batch: int, op: native_library.HostOp
+) -> Row:
+    """Return the cell's native contestants, against their own reader."""
+    (found,), share = quietest(lambda: run_native(shape, dtype, context, batch, op), 1)
+    read_rates = found["read"]["gb_per_sec"]
+    names = {"attend": "kernel", "ggml_by_head": "ggml_by_head", "ggml_by_token": "ggml_by_token"}
+    columns: Row = {
+        "native_others_cpu_share": share,
+        "native_read_gb_per_sec": statistics.median(read_rates),
+        "least_native_read_gb_per_sec": min(read_rates),
+    }
+    return columns | {
+        name: against(found[key]["gb_per_sec"], read_rates)
+        for key, name in names.items()
+        if key in found
+    }
+
+
+def call_overhead(op: native_library.HostOp) -> Iterator[Row]:
+    """Yield the microseconds of the least call, one token of one head, by the way it is called."""
+    pool = host_attention.allocate_pool(8, 1, PAGE_SIZE, 8, "bfloat16")
+    q = jnp.ones((1, 1, 8), jnp.bfloat16)
+    qkv = jnp.ones((1, 3, 8), jnp.bfloat16)
     tables, lengths = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+    calls_inside = 200
 
     @jax.jit
-    def chain(pool, q):
-        for _ in range(200):
+    def chain(pool: jax.Array, q: jax.Array) -> jax.Array:
+        for _ in range(calls_inside):
             q, _ = host_attention.attend(pool, q, tables, lengths)
         return q
 
-    def alone() -> None:
+    def jit() -> None:
         host_attention.attend(pool, q, tables, lengths)[0].block_until_ready()
 
     def inside() -> None:
         chain(pool, q).block_until_ready()
 
-    alone()
-    inside()
-    return {
-        "alone": statistics.median(1e6 / calls_per_sec(alone) for _ in range(9)),
-        "inside_one_program": statistics.median(5e3 / calls_per_sec(inside) for _ in range(9)),
-    }
+    engine_pool = [host_attention.allocate_pool(8, 1, PAGE_SIZE, 8, "bfloat16")]
+    compiled = (
+        jax.jit(host_attention.append_and_attend, donate_argnums=0)
+        .lower(engine_pool[0], qkv, tables, lengths)
+        .compile()
+    )
+
+    def as_the_engine() -> None:
+        engine_pool[0], out, _ = compiled(engine_pool[0], qkv, tables, lengths)
+        out.block_until_ready()
+
+    steps = {"jit": (jit, 1), "compiled": (as_the_engine, 1), "in_one_program": (inside, 200)}
+    for name, (step, calls) in steps.items():
+        step()
+        samples, share = quietest(functools.partial(calls_per_sec, step, 0.1), 9)
+        microseconds = 1e6 / calls / statistics.median(samples)
+        yield {"call": name, "microseconds": microseconds, "others_cpu_share": share}
+    if _NATIVE.value:
+        run = functools.partial(run_native, (1, 1, 8), "bfloat16", 1, 1, op)
+        (found,), share = quietest(run, 1)
+        microseconds = found["attend"]["least_microseconds_per_call"]
+        yield {"call": "kernel", "microseconds": microseconds, "others_cpu_share": share}
+
+
+def limits(op: native_library.HostOp) -> Iterator[Row]:
+    """Yield what tells where the limit lies, by group size, dtype and instruction set.
+
+    On KV that stays in the L2 cache (512 tokens of one KV head) the kernel's rate is what its
+    arithmetic allows; beside the read rate of memory it says which of the two is the limit.
+    """
+    shapes = {name: SHAPES[name] for name in _SHAPES.value}
+    for isa in [name or op.isa for name in _ISAS.value]:
+        for dtype in _DTYPES.value:
+            for name, (num_heads, kv_heads, head_dim) in shapes.items():
+                group = num_heads // kv_heads
+                run = functools.partial(
+                    run_native,
+                    (group, 1, head_dim),
+                    dtype,
+                    512,
+                    1,
+                    op._replace(isa=isa),
+                    pool_mib=0,
+                )
+                (found,), share = quietest(run, 1)
+                yield {
+                    "shape": name,
+                    "group": group,
+                    "dtype": dtype,
+                    "isa": isa,
+                    "cached_kernel_gb_per_sec": statistics.median(found["attend"]["gb_per_sec"]),
+                    "cached_read_gb_per_sec": statistics.median(found["read"]["gb_per_sec"]),
+                    "instructions_per_64_bytes": run(count=1).get("instructions_per_64_bytes"),
+                    "others_cpu_share": share,
+                }
+
+
+def cells(op_of: Callable[[int, str], native_library.HostOp]) -> Iterator[Row]:
+    for isa in _ISAS.value:
+        for threads in map(int, _THREADS.value):
+            for dtype in _DTYPES.value:
+                for name in _SHAPES.value:
+                    for cell in _CELLS.value:
+                        context, batch = map(int, cell.split("x"))
+                        yield measure(name, dtype, context, batch, op_of(threads, isa))
+
+
+def summarise(rows: list[Row]) -> Iterator[Row]:
+    """Yield median and worst quotient of the large cells, by all that is not context or batch."""
+    groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["context"] * row["batch"] < LARGE_TOKENS and not _SMOKE.value:
+            continue
+        key = (row["shape"], row["dtype"], row["isa"], row["threads"])
+        for name, value in row.items():
+            if isinstance(value, dict):
+                groups.setdefault(key, {}).setdefault(name, []).append(value["of_read"])
+    for key, contestants in groups.items():
+        named = dict(zip(("shape", "dtype", "isa", "threads"), key, strict=True))
+        medians = {name: statistics.median(values) for name, values in contestants.items()}
+        worst = {f"worst_{name}": min(values) for name, values in contestants.items()}
+        yield named | medians | worst
 
 
 def main(argv: list[str]) -> None:
     """Measure what the flags ask for and write the JSON."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    for name in _SHAPES.value:
+        if name not in SHAPES:
+            raise app.UsageError(f"--shapes={name}: known are {', '.join(SHAPES)}")
     library = pathlib.Path(_LIBRARY.value) if _LIBRARY.value else None
-    rows, native_rows = [], []
-    op = native_library.load(library, num_threads=1, isa=_ISA.value)
-    overhead = call_overhead_microseconds()
-    print(f"microseconds a call: {overhead}")
-    for threads in map(int, _THREADS.value):
-        op = native_library.configure(num_threads=threads, isa=_ISA.value)
-        for name in SHAPES:
-            for dtype in _DTYPES.value:
-                for cell in _CELLS.value:
-                    context, batch = map(int, cell.split("x"))
-                    rows.append(measure(name, dtype, context, batch, op))
-                    print(json.dumps(rows[-1]), flush=True)
-                    if _NATIVE.value:
-                        native_rows.append(native_row(name, dtype, context, batch, op))
-                        print(native_rows[-1], flush=True)
-    result = {
+    op = native_library.load(library, num_threads=1)
+    header = {
         "environment": environment(),
-        "isa": op.isa,
+        "smoke": _SMOKE.value,
+        "isas": op.supported_isas,
         "page_size": PAGE_SIZE,
         "rounds": _ROUNDS.value,
-        "microseconds_per_call": overhead,
-        "summary_of_cells_with_8k_tokens": summarise(rows),
-        "cells": rows,
-        "bare_kernel": native_rows,
     }
-    pathlib.Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
-    pathlib.Path(_OUTPUT.value).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["summary_of_cells_with_8k_tokens"], indent=1))
-
-
-def summarise(rows: list[dict]) -> list[dict]:
-    """Return the median and the worst quotient of each (shape, dtype, threads)."""
-    groups: dict[tuple, list[float]] = {}
-    for row in rows:
-        if row["context"] * row["batch"] >= 8192:
-            key = (row["shape"], row["dtype"], row["threads"])
-            groups.setdefault(key, []).append(row["op_of_read"]["median"])
-    return [
-        {
-            "shape": shape,
-            "dtype": dtype,
-            "threads": threads,
-            "median_of_read": round(statistics.median(quotients), 3),
-            "worst_of_read": round(min(quotients), 3),
-        }
-        for (shape, dtype, threads), quotients in groups.items()
-    ]
+    results = ResultFile(pathlib.Path(_OUTPUT.value), header, _BUDGET.value)
+    if _PEERS.value and importlib.util.find_spec("torch") is None:
+        results.leave_out("torch_sdpa", "torch is not installed")
+    results.measure("call_overhead", functools.partial(call_overhead, op))
+    configure = lambda threads, isa: native_library.configure(num_threads=threads, isa=isa)  # noqa: E731
+    if _NATIVE.value:
+        results.measure("limits", functools.partial(limits, op))
+    results.measure("cells", functools.partial(cells, configure))
+    rows = results.content["groups"].get("cells", [])
+    results.measure("large_cells_of_read", functools.partial(summarise, rows))
+    if results.content["failed"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks run, in tiny sizes on the CPU, and their files hold what later work reads."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -116,6 +117,33 @@ def test_layers(tmp_path):
     others = {row["kernel"]: row for row in groups["other_attention_llama_2_7b"]}
     assert others["xla_contiguous"]["max_error"] < 1e-5  # the kernels compute the same
     assert "error" in others["cudnn_contiguous"]  # there is none here, and that fails nothing
+
+
+def test_host_attention(tmp_path):
+    arguments = ["--rounds=1", "--threads=2", "--dtypes=bfloat16", "--cells=128x1,100x2"]
+    content = smoke("bench_host_attention", tmp_path / "host.json", *arguments)
+    groups = content["groups"]
+    microseconds = {row["call"]: row["microseconds"] for row in groups["call_overhead"]}
+    assert set(microseconds) == {"jit", "compiled", "in_one_program"}
+    assert min(microseconds.values()) > 0
+    assert len(groups["cells"]) == 2 * 2
+    has_torch = importlib.util.find_spec("torch") is not None
+    assert has_torch or content["left_out"] == {"torch_sdpa": "torch is not installed"}
+    contestants = {"jit", "compiled", "jnp"} | ({"torch_sdpa"} if has_torch else set())
+    for row in groups["cells"]:
+        assert row["isa"] == content["isas"][0]
+        assert {name for name, value in row.items() if isinstance(value, dict)} == contestants
+        for name in contestants:
+            one = row[name]
+            assert 0 < one["least_of_read"] <= one["of_read"] <= one["most_of_read"]
+            assert one["of_read"] == pytest.approx(one["gb_per_sec"] / row["read_gb_per_sec"], 0.01)
+    summary = groups["large_cells_of_read"]
+    assert [row["shape"] for row in summary] == ["llama_2_7b", "llama_3_1_8b"]
+    for row in summary:
+        cells = [cell for cell in groups["cells"] if cell["shape"] == row["shape"]]
+        assert row["worst_jit"] == min(cell["jit"]["of_read"] for cell in cells)
+    with pytest.raises(AssertionError, match="--shapes=gpt: known are"):
+        smoke("bench_host_attention", tmp_path / "no.json", "--shapes=gpt")
 
 
 def test_reference_says_why_it_is_skipped(tmp_path):

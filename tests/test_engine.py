@@ -1,7 +1,7 @@
 """The whole engine on real programs: tokens, memory, compilation, and what it says when it cannot.
 
-Engines are built once each (four shapes); pool size, rows and chunks vary by giving the same engine
-another scheduler, whose limits are logical caps over the same arrays.
+With the device alone; test_hybrid_engine.py adds the host lane. Engines are built once each (four
+shapes); small_engines.py says how pool size, rows and chunks vary over them.
 """
 
 import dataclasses
@@ -17,49 +17,28 @@ import near_tie
 import numpy as np
 import pytest
 import reference
+from small_engines import WIDE, make_config, run, with_limits
 
 from apex_jax.buckets import Buckets
 from apex_jax.config import (
     CacheConfig,
     CompileConfig,
-    Config,
     ConfigError,
     DeviceConfig,
-    LlamaConfig,
     ModelConfig,
     SchedulerConfig,
 )
 from apex_jax.dispatch import StuckError
-from apex_jax.engine import Engine, choose_dtype
+from apex_jax.engine import Engine
+from apex_jax.lowering import ProgramKey
 from apex_jax.models import weights
 from apex_jax.models.hf_config import read_model_folder
-from apex_jax.programs import ProgramKey, Programs
+from apex_jax.placement import choose_dtype
+from apex_jax.programs import Programs
 from apex_jax.request import Request, RequestError, SamplingParams
-from apex_jax.scheduler import Scheduler
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 CPU = jax.devices("cpu")[0]
-# Wide enough that XLA runs its programs on other threads: smaller ones never show asynchrony.
-WIDE = LlamaConfig(
-    num_layers=2,
-    d_model=256,
-    d_ffn=320,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    vocab_size=200,
-    max_position_embeddings=160,
-)
-
-
-def make_config(**model):
-    return Config(
-        model=ModelConfig(**model),
-        scheduler=SchedulerConfig(max_requests=4, max_prefill_tokens=16, max_model_len=160),
-        device=DeviceConfig(platform="cpu"),
-    )
-
-
 WARM_UP_LINES = []
 
 
@@ -75,40 +54,6 @@ def golden_engine(name):
 def wide_engine():
     config = make_config(weights="dummy", architecture=WIDE, seed=5)
     return Engine.create(config, WARM_UP_LINES.append)
-
-
-def with_scheduler(engine, *, num_pages=None, max_requests=4, chunks=None, eos=frozenset()):
-    """Return an engine on the same arrays and programs whose scheduler has other limits."""
-    shapes = engine.programs.buckets
-    scheduler = Scheduler(
-        buckets=dataclasses.replace(shapes, chunks=chunks or shapes.chunks),
-        num_pages=num_pages or engine.memory.num_pages,
-        max_requests=max_requests,
-        max_model_len=engine.memory.max_model_len,
-        vocab_size=engine.model.architecture.vocab_size,
-        eos_token_ids=eos,
-    )
-    return Engine(
-        engine.model,
-        scheduler,
-        engine._dispatch,
-        engine.programs,
-        engine.memory,
-        engine._device,
-        engine._setup_sec,
-    )
-
-
-def run(engine, requests):
-    """Return each request's tokens."""
-    for request in requests:
-        engine.submit(request)
-    outputs = {}
-    while engine.num_unfinished:
-        for output in engine.step():
-            outputs[output.request.request_id] = output
-    assert len(outputs) == len(requests)
-    return [list(outputs[request.request_id].token_ids) for request in requests]
 
 
 @pytest.mark.parametrize("name", ["gqa_tied_sharded", "mqa_bfloat16", "rope_llama3"])
@@ -127,12 +72,16 @@ def test_greedy_tokens_are_those_of_transformers(name):
     near_tie.assert_equal_but_for_ties(got, right, margins, stds)
 
 
+def keep_chunks(*chunks):
+    return lambda shapes: dataclasses.replace(shapes, chunks=chunks)
+
+
 # How the same requests may be run: scheduler limits, and whether one after the other.
 WAYS = {
     "together": {},
     "alone": {"max_requests": 1},
-    "tiny_chunks": {"chunks": ((1, 4),)},
-    "three_rows": {"max_requests": 3, "chunks": ((1, 16), (4, 4))},
+    "tiny_chunks": {"change_shapes": keep_chunks((1, 4))},
+    "three_rows": {"max_requests": 3, "change_shapes": keep_chunks((1, 16), (4, 4))},
     "preempted": {"num_pages": 12},
 }
 
@@ -158,7 +107,7 @@ def draw_requests(seed):
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_do_not_depend_on_how_requests_are_run(way):
     requests = draw_requests(seed=11)
-    engine = with_scheduler(wide_engine(), **WAYS[way])
+    engine = with_limits(wide_engine(), **WAYS[way])
     got = run(engine, requests)
     if way == "preempted":
         assert engine.metrics()["num_preemptions"] > 0
@@ -169,20 +118,20 @@ def test_tokens_do_not_depend_on_how_requests_are_run(way):
 def test_stop_tokens_end_the_output_and_stay_in_it():
     request = draw_requests(seed=3)[0]
     params = dataclasses.replace(request.sampling, max_tokens=40)
-    [whole] = run(with_scheduler(wide_engine()), [dataclasses.replace(request, sampling=params)])
+    [whole] = run(with_limits(wide_engine()), [dataclasses.replace(request, sampling=params)])
     stop = whole[7]
     expected = whole[: whole.index(stop) + 1]
     params = dataclasses.replace(params, stop_token_ids=(stop,))
-    [stopped] = run(with_scheduler(wide_engine()), [dataclasses.replace(request, sampling=params)])
+    [stopped] = run(with_limits(wide_engine()), [dataclasses.replace(request, sampling=params)])
     assert stopped == expected
     params = dataclasses.replace(params, stop_token_ids=(), ignore_eos=False)
-    engine = with_scheduler(wide_engine(), eos=frozenset({stop}))
+    engine = with_limits(wide_engine(), eos=frozenset({stop}))
     [ended] = run(engine, [dataclasses.replace(request, sampling=params)])
     assert ended == expected
 
 
 def test_nothing_compiles_after_warm_up():
-    engine = with_scheduler(wide_engine())
+    engine = with_limits(wide_engine())
     run(engine, draw_requests(seed=1)[:2])
     compiled = []
 
@@ -196,7 +145,7 @@ def test_nothing_compiles_after_warm_up():
         assert compiled, "the listener hears nothing"
         compiled.clear()
         run(engine, draw_requests(seed=2))
-        run(with_scheduler(engine, max_requests=3), draw_requests(seed=4))
+        run(with_limits(engine, max_requests=3), draw_requests(seed=4))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
@@ -266,7 +215,7 @@ def test_an_interrupted_warm_up_drops_what_has_not_begun():
 
 
 def test_the_plan_is_printed_first_and_the_metrics_are_json():
-    engine = with_scheduler(wide_engine())
+    engine = with_limits(wide_engine())
     plan = next(line for line in WARM_UP_LINES if "no folder, dummy weights" in line)
     assert WARM_UP_LINES.index(plan) < WARM_UP_LINES.index("making dummy weights")
     for part in ("device_only", "float32", "40 pages of 16", "4 requests at once", "1x16"):
@@ -314,7 +263,7 @@ def test_half_precision_follows_the_dense_model(dtype):
 
 
 def test_a_request_that_can_never_run_is_refused():
-    engine = with_scheduler(wide_engine())
+    engine = with_limits(wide_engine())
     with pytest.raises(RequestError, match="prompt token id 200 is outside the vocabulary"):
         engine.submit(Request("bad", (200,), SamplingParams()))
     with pytest.raises(RequestError, match="the limit here is 160"):
@@ -322,10 +271,10 @@ def test_a_request_that_can_never_run_is_refused():
 
 
 def test_a_scheduler_that_cannot_go_on_is_reported():
-    engine = with_scheduler(wide_engine())
+    engine = with_limits(wide_engine())
     engine.submit(Request("0", (1, 2), SamplingParams()))
     engine._scheduler.plan_sweep = lambda: None
-    with pytest.raises(StuckError, match="nothing can start: 0 running, 1 waiting"):
+    with pytest.raises(StuckError, match=r"nothing can start\n0 in the device lane .*, 1 waiting"):
         engine.step()
 
 

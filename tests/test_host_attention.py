@@ -1,6 +1,7 @@
 """The host attention op called from JAX: exact, in place, an error for every wrong argument."""
 
 import concurrent.futures
+import functools
 import inspect
 import re
 
@@ -35,7 +36,7 @@ def threads_and_isa():
     native_library.configure(num_threads=2)
 
 
-@pytest.fixture(params=("avx512", "avx2", "neon", "portable"))
+@pytest.fixture(params=("avx512_bf16", "avx512", "avx2", "neon", "portable"))
 def isa(request, op, threads_and_isa):
     if request.param not in op.supported_isas:
         pytest.skip(f"this CPU does not run {request.param}")
@@ -137,7 +138,7 @@ def test_equals_float64(isa, case):
     assert_close(case.attend(), case.reference())
 
 
-def llama_case(lengths, kv_dtype="bfloat16", group=4, seed=0):
+def llama_case(lengths, kv_dtype="bfloat16", group=4, seed=0, q_dtype="float32"):
     return Case(
         seed,
         lengths=lengths,
@@ -146,19 +147,33 @@ def llama_case(lengths, kv_dtype="bfloat16", group=4, seed=0):
         head_dim=128,
         page_size=64,
         kv_dtype=kv_dtype,
-        q_dtype="float32",
+        q_dtype=q_dtype,
     )
+
+
+@functools.cache
+def long_case(kv_dtype):
+    case = llama_case([32768, 1, 32767], kv_dtype)
+    return case, case.reference()
 
 
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 def test_equals_float64_at_32k_tokens(isa, kv_dtype):
-    case = llama_case([32768, 1, 32767], kv_dtype)
+    case, expected = long_case(kv_dtype)
+    assert_close(case.attend(), expected)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8, 11])
+def test_bfloat16_queries_equal_float64(isa, group):
+    """Queries and keys of bfloat16 may be multiplied by instructions of their own."""
+    case = llama_case([2000, 1, 515], group=group, q_dtype="bfloat16")
     assert_close(case.attend(), case.reference())
 
 
+@pytest.mark.parametrize("q_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kv_dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(isa, kv_dtype, threads_and_isa):
-    case = llama_case([3000, 1, 700, 513, 64], kv_dtype)
+def test_same_bits_for_any_number_of_threads(isa, kv_dtype, q_dtype, threads_and_isa):
+    case = llama_case([3000, 1, 700, 513, 64], kv_dtype, q_dtype=q_dtype)
     results = []
     for num_threads in (1, 2, 4):
         threads_and_isa(num_threads=num_threads, isa=isa)
@@ -331,7 +346,7 @@ def test_pool_is_updated_in_place_and_never_copied():
 
 
 def test_wrong_values_are_errors():
-    pool, q, kv, tables, lengths = small_call()
+    pool, q, _, tables, lengths = small_call()
 
     def error_of(call, *arrays):
         with pytest.raises(CALL_ERRORS) as caught:
@@ -350,13 +365,44 @@ def test_wrong_values_are_errors():
         host_attention.attend(pool, q, tables.at[1, 1].set(page), lengths)
     message = r"page_ids\[1\] = 6: must be in \[0, 6\)"
     assert re.search(message, error_of(host_attention.read_pages, pool, jnp.asarray([0, 6])))
+
+
+def test_wrong_values_leave_the_pool_to_its_owner():
+    pool, q, kv, tables, lengths = small_call()
+    qkv = jnp.concatenate([q, kv, kv], 1)
     pages = host_attention.read_pages(pool, jnp.asarray([0, 1]))
-    twice = error_of(host_attention.write_pages, pool, pages, jnp.asarray([3, 3]))
-    assert "page_ids: page 3 is named twice" in twice
-    pool = host_attention.allocate_pool(6, 2, 16, 64, "bfloat16")
+    with pytest.raises(ValueError, match=r"lengths\[1\] = 33: must be from 1 to 32"):
+        host_attention.append(pool, kv, kv, tables, lengths.at[1].set(33))
+    with pytest.raises(ValueError, match=r"block_tables\[0, 1\] = 6: must be in \[0, 6\)"):
+        host_attention.append_and_attend(pool, qkv, tables.at[0, 1].set(6), lengths)
     same = jnp.asarray([[1, 1], [1, 0]], jnp.int32)
-    message = error_of(host_attention.append, pool, kv, kv, same, jnp.asarray([21, 5]))
-    assert "block_tables: two rows append to slot 4 of page 1" in message
+    with pytest.raises(ValueError, match="block_tables: two rows append to slot 4 of page 1"):
+        host_attention.append(pool, kv, kv, same, jnp.asarray([21, 5]))
+    with pytest.raises(ValueError, match="page_ids: page 3 is named twice"):
+        host_attention.write_pages(pool, pages, jnp.asarray([3, 3]))
+    with pytest.raises(ValueError, match=r"page_ids\[0\] = -1: must be in \[0, 6\)"):
+        host_attention.write_pages(pool, pages, jnp.asarray([-1, 3]))
+    host_attention.append(pool, kv, kv, tables, lengths)  # the pool is still there
+
+
+def test_a_program_finds_wrong_values_when_it_runs():
+    """Inside a larger program there is nothing to look at before: the pool is given away."""
+    pool, q, kv, tables, lengths = small_call()
+    qkv = jnp.concatenate([q, kv, kv], 1)
+    pages = host_attention.read_pages(pool, jnp.asarray([0, 1]))
+    calls = {
+        r"lengths\[0\] = 0": (host_attention.append, kv, kv, tables, lengths.at[0].set(0)),
+        r"block_tables\[1, 0\] = 9": (
+            *(host_attention.append_and_attend, qkv, tables.at[1, 0].set(9), lengths),
+        ),
+        "page 3 is named twice": (host_attention.write_pages, pages, jnp.asarray([3, 3])),
+    }
+    for message, (function, *arrays) in calls.items():
+        pool = host_attention.allocate_pool(6, 2, 16, 64, "bfloat16")
+        program = jax.jit(function, donate_argnums=0)
+        with pytest.raises(CALL_ERRORS, match=message):
+            jax.block_until_ready(program(pool, *arrays))
+        assert pool.is_deleted()
 
 
 @pytest.mark.parametrize("count", [0, 3, -1, 2**31 - 1])

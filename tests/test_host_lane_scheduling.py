@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,7 @@ POLICIES = {
     "passes_4": Merging(max_cohorts=1, passes=4),
     "passes_all": Merging(max_cohorts=2, passes=None),
     "asymmetric_pipelining": AsymmetricPipelining(TIMES),
+    "asymmetric_slow_host": AsymmetricPipelining(replace(TIMES, host_attention_sec_per_token=0.1)),
 }
 
 requests = st.tuples(
@@ -245,7 +247,12 @@ def test_a_full_device_demotes_instead_of_computing_again():
 
 def test_a_long_prompt_for_the_host_stalls_neither_lane():
     loop = Loop(
-        num_pages=6, num_host_pages=64, max_requests=4, max_host_requests=8, policy=Merging()
+        num_pages=6,
+        num_host_pages=64,
+        max_requests=4,
+        max_host_requests=8,
+        policy=Merging(),
+        pace=Pace.EAGER,
     )
     for name, prompt_length in (("device", 8), ("host", 40)):
         loop.submit(make_request(name, [5] * prompt_length, 30, ignore_eos=True))

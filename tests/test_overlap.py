@@ -91,6 +91,20 @@ def test_equals_brute_force_when_most_is_settled(seed):
     assert_equals_brute_force(meter.figures(), spans)
 
 
+def test_bubbles_of_a_device_that_is_silent_for_long():
+    host = [(Kind.HOST, second + 1.0, second + 1.5) for second in range(40)]
+    spans = [(Kind.DEVICE, 0.0, 1.0), *host, (Kind.DEVICE, 50.0, 51.0)]
+    spans += [(Kind.REST, 10.0, 12.0), (Kind.REST, 25.0, 26.0)]
+    spans.sort(key=lambda span: span[2])
+    meter = BusyMeter(max_pending_spans=8)
+    for span in spans[:-1]:
+        meter.add(*span)
+        assert meter.figures().num_bubbles == 0  # nobody knows yet whether work goes on
+    meter.add(*spans[-1])
+    assert meter.figures().num_bubbles == 3
+    assert_equals_brute_force(meter.figures(), spans)
+
+
 def test_memory_is_bounded_though_a_lane_is_silent():
     meter = BusyMeter(max_pending_spans=32)
     for second in range(10_000):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from apex_jax.ops import host_attention, native_library
+from apex_jax.timeline import Timeline
+from apex_jax.trace import TraceFile, read_events
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +96,22 @@ def test_nothing_is_recorded_unless_asked_for(pool):
 def test_a_negative_capacity_is_an_error():
     with pytest.raises(ValueError, match="capacity = -1: must be at least 0"):
         native_library.record(-1)
+
+
+def test_a_trace_shows_the_threads_under_the_job_that_used_them(pool, tmp_path):
+    trace = TraceFile(tmp_path / "trace.json", origin_sec=time.perf_counter())
+    timeline = Timeline(trace)
+    native_library.record(1000)
+    timeline.watch_threads(native_library.take_spans)
+    start_sec = time.perf_counter()
+    attend_once(pool)
+    timeline.span("host", "attention", start_sec, time.perf_counter(), layer=0)
+    trace.close()
+    events = read_events(tmp_path / "trace.json")
+    titles = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    spans = [(titles[event["tid"]], event) for event in events if event["ph"] == "X"]
+    (job,) = [event for title, event in spans if title == "host"]
+    threads = [event for title, event in spans if title.startswith("host thread ")]
+    assert sum(event["args"]["tasks"] for event in threads) == 16
+    for event in threads:
+        assert job["ts"] <= event["ts"] <= event["ts"] + event["dur"] <= job["ts"] + job["dur"]

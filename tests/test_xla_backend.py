@@ -74,9 +74,7 @@ SHAPES = dataclasses.replace(
     SHAPES,
     chunks=((1, CHUNK),),
     context_pages=(8,),
-    host=dataclasses.replace(
-        SHAPES.host, transit_pages=(3, 10), staging_pages=(3, 10), move_pages=(3, 10)
-    ),
+    host=dataclasses.replace(SHAPES.host, staging_pages=(3, 10), move_pages=(3, 10)),
 )
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 HOST_STAGES = (

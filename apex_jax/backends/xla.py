@@ -262,7 +262,8 @@ class XlaBackend:
             half = len(groups) // 2
             first_half = self._head(batches[:half], groups[:half])
             return first_half + self._head(batches[half:], groups[half:])
-        rows = smallest_that_holds(head_sizes, max(num_rows, *map(len, groups_bd)))
+        most_rows = max(map(len, groups_bd))
+        rows = smallest_that_holds(head_sizes, max(num_rows, most_rows + 1))
         for x_bd, first in zip(groups_bd, firsts, strict=True):
             program = self._programs[ProgramKey("place", (len(x_bd), rows))]
             self._head_rows_bd[rows] = program(self._head_rows_bd[rows], x_bd, np.int32(first))

@@ -3,8 +3,9 @@
 One pool holds one layer's pages, `[p, k, 2, z, h]`: keys and values of a KV head side by side. How
 elements lie inside a page is the native code's business (cpu_ops/layout.h); read_pages and
 write_pages translate. Functions that write take the pool first, donate it and return it: keep the
-returned one. Call native_library.load() before any of them. Values (page ids, lengths) are checked
-when a call runs, shapes and dtypes when it is traced.
+returned one. Call native_library.load() before any of them. Shapes and dtypes are checked when a
+call is traced, values (page ids, lengths) when it runs. A lone call finds them wrong before it
+gives the pool away; inside a larger program, or compiled ahead of time, the pool is lost by then.
 """
 
 import functools
@@ -68,6 +69,7 @@ def append(
         _check_shape(name, array, (rows, kv_heads, head_dim))
     if k_bkh.dtype != v_bkh.dtype:
         raise TypeError(f"v_bkh: dtype {v_bkh.dtype}, but k_bkh has {k_bkh.dtype}")
+    _check_append_values(pool, block_tables_bm, lengths_b, rows)
     return _append(pool, k_bkh, v_bkh, block_tables_bm, lengths_b)
 
 
@@ -121,6 +123,7 @@ def append_and_attend(
             f"qkv_bjh: {qkv_bjh.shape[1]} heads leave {num_heads} query heads: "
             f"no multiple of {kv_heads} KV heads"
         )
+    _check_append_values(pool, block_tables_bm, lengths_b, num_rows)
     scale = _scale(scale, head_dim)
     return _append_and_attend(pool, qkv_bjh, block_tables_bm, lengths_b, num_rows, scale)
 
@@ -141,6 +144,9 @@ def write_pages(
     _check_int32("page_ids_i", page_ids_i, 1)
     _check_shape("pages_ik2zh", pages_ik2zh, (page_ids_i.shape[0], *pool.shape[1:]))
     num_pages = _count("num_pages", num_pages, page_ids_i.shape[0])
+    if not _is_traced(pool, page_ids_i, num_pages):
+        ids = np.asarray(page_ids_i)[: int(num_pages)]
+        native_library.check_written_pages(pool.shape[0], ids)
     return _write_pages(pool, pages_ik2zh, page_ids_i, num_pages)
 
 
@@ -173,6 +179,19 @@ def _check_tables(block_tables_bm: Array, lengths_b: Array) -> None:
     _check_shape("lengths_b", lengths_b, block_tables_bm.shape[:1])
 
 
+def _check_append_values(
+    pool: Array, block_tables_bm: Array, lengths_b: Array, num_rows: Array | int
+) -> None:
+    """Raise what the call would raise, while the pool is still the caller's."""
+    if not _is_traced(pool, block_tables_bm, lengths_b, num_rows):
+        values = (np.asarray(one)[: int(num_rows)] for one in (block_tables_bm, lengths_b))
+        native_library.check_append(pool.shape[0], pool.shape[3], *values)
+
+
+def _is_traced(*arrays: Array | int) -> bool:
+    return any(isinstance(array, Tracer) for array in arrays)
+
+
 def _check_float(name: str, array: Array) -> None:
     if array.dtype.name not in DTYPES:
         raise TypeError(f"{name}: dtype {array.dtype}: must be one of {', '.join(DTYPES)}")
@@ -199,6 +218,8 @@ def _count(name: str, count: Array | None, most: int) -> Array:
     if count is None:
         return jnp.asarray(most, jnp.int32)
     _check_int32(name, count, 0)
+    if not isinstance(count, Tracer) and not 1 <= int(count) <= most:
+        raise ValueError(f"{name} = {int(count)}: must be from 1 to {most}, what the arrays hold")
     return count
 
 

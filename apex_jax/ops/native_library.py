@@ -58,7 +58,7 @@ def load(
         if not path.is_file():
             raise FileNotFoundError(f"library: {path} does not exist")
         handle = ctypes.CDLL(str(path))
-        if not hasattr(handle, "apex_take_spans"):
+        if not all(hasattr(handle, f"apex_{name}") for name in ("take_spans", "check_append")):
             raise RuntimeError(f"library: {path} is of another version: run `pip install -e .`")
         handle.apex_configure.argtypes = [
             ctypes.c_int,
@@ -66,8 +66,11 @@ def load(
             ctypes.c_int,
             ctypes.c_char_p,
         ]
-        for name in ("apex_configure", "apex_isa", "apex_supported_isas"):
-            getattr(handle, name).restype = ctypes.c_char_p
+        int64, array = ctypes.c_int64, ctypes.c_void_p
+        handle.apex_check_append.argtypes = [int64, int64, array, array, int64, int64]
+        handle.apex_check_written_pages.argtypes = [int64, array, int64]
+        for name in ("configure", "isa", "supported_isas", "check_append", "check_written_pages"):
+            getattr(handle, f"apex_{name}").restype = ctypes.c_char_p
         handle.apex_read.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         handle.apex_read.restype = ctypes.c_uint64
         handle.apex_record.argtypes = [ctypes.c_int64]
@@ -98,8 +101,8 @@ def configure(
 
     num_threads: with the calling thread; None for one fewer than the CPUs in question, which leaves
     one to Python. cpus: where thread i runs (the first is the caller's own business); empty for
-    anywhere. numa_node: the node whose CPUs are taken instead. isa: "avx512", "avx2", "neon" or
-    "portable"; "" for the best.
+    anywhere. numa_node: the node whose CPUs are taken instead. isa: one of HostOp.supported_isas
+    ("portable" is in all of them), "" for the best.
     """
     path, handle = _loaded()
     if numa_node is not None:
@@ -162,6 +165,25 @@ def take_spans() -> tuple[np.ndarray, int]:
         parts.append(spans[:count])
         num_dropped += dropped.value
     return np.concatenate(parts), num_dropped
+
+
+def check_append(
+    num_pages: int, page_size: int, block_tables_bm: np.ndarray, lengths_b: np.ndarray
+) -> None:
+    """Raise ValueError if a pool of such pages refuses these tables and lengths (int32)."""
+    tables, lengths = np.ascontiguousarray(block_tables_bm), np.ascontiguousarray(lengths_b)
+    check = _loaded()[1].apex_check_append
+    error = check(num_pages, page_size, tables.ctypes.data, lengths.ctypes.data, *tables.shape)
+    if error is not None:
+        raise ValueError(error.decode())
+
+
+def check_written_pages(num_pages: int, page_ids_i: np.ndarray) -> None:
+    """Raise ValueError unless these (int32) are different pages of a pool."""
+    ids = np.ascontiguousarray(page_ids_i)
+    error = _loaded()[1].apex_check_written_pages(num_pages, ids.ctypes.data, ids.size)
+    if error is not None:
+        raise ValueError(error.decode())
 
 
 def require_loaded() -> None:
