@@ -100,20 +100,30 @@ tests() { # limit
         -o filterwarnings=default -p no:cacheprovider
 }
 
-if [[ -e cpu_ops/BUILD || -e cpu_ops/CMakeLists.txt ]]; then
-    record build failed 0 "cpu_ops has native code that this script does not build yet"
-else
-    record build skipped 0 "no native code in this version"
-fi
+# The host's attention op, unless it is installed or was built before.
+build() { # limit
+    if "$python" -c "from apex_jax.ops import native_library; native_library.load()" 2>/dev/null; then
+        record build ok 0 "it was there"
+        return
+    fi
+    part build "$1" bash -c 'cmake -S cpu_ops -B build/gpu_check -DPython_EXECUTABLE="$(command -v "$0")" &&
+        cmake --build build/gpu_check --parallel --target apex_host_attention &&
+        cp build/gpu_check/libapex_host_attention.so apex_jax/ops/' "$python"
+}
+
+build 60
 part environment 30 "$python" -m launch.environment
-bench bench_transfers 75 transfers.json
-bench bench_dispatch 45 dispatch.json
-bench bench_device 170 device_bfloat16.json --dtype=bfloat16
-tests 100
-bench bench_layers 90 layers.json
-# The second dtype repeats only what could differ.
-bench bench_device 75 device_float16.json --dtype=float16 --kv_gib=8 --rows=4,64
-bench bench_reference 60 reference.json
+tests 130
+bench bench_strategies 160 strategies.json --config=configs/llama_3_1_8b.py --config.model.weights=dummy \
+    --kv_gib=0.5,2,4 --host_requests=96 --seconds=2 --repeats=1
+bench bench_transfers 60 transfers.json
+bench bench_dispatch 40 dispatch.json
+bench bench_device 110 device_bfloat16.json --dtype=bfloat16 --kv_gib=8,2
+bench bench_layers 60 layers.json
+bench parity_report 60 parity.json --platform=gpu --dtypes=bfloat16,float16
+# What only compares with others, or repeats what could differ in another dtype, comes last.
+bench bench_device 50 device_float16.json --dtype=float16 --kv_gib=8 --rows=4,64
+bench bench_reference 50 reference.json
 
 echo
 printf '%-20s %-8s %7s  %s\n' part state seconds note

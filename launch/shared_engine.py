@@ -1,14 +1,13 @@
 """Engines of several strategies in one process, over the same weights, pools and programs.
 
 Owns what a comparison needs beside an engine: other limits over the same arrays, a backend that
-says where Python waited and which rows each stage had, and prompts whose computing may be left
+says which rows each stage had, and prompts whose computing may be left
 out. Engines are used one after the other. Called by the measurements that compare strategies.
 """
 
 import dataclasses
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -56,17 +55,15 @@ class SpanKeeper(Timeline):
 class WatchedBackend:
     """A backend that is looked at while it works.
 
-    wait_sec: Python's waiting so far. labels: a name for each stage so far, with the rows of its
-    groups: `boundary 4+16`; the timeline's device spans come in the same order. computes_prompts:
-    False leaves the layers of prompts out, so that a long context costs no more than its pages
-    (which hold zeros).
+    labels: a name for each stage so far, with the rows of its groups: `boundary 4+16`; the
+    timeline's device spans come in the same order. computes_prompts: False leaves the layers of
+    prompts out, so that a long context costs no more than its pages (which hold zeros).
     """
 
     def __init__(self, backend: XlaBackend, shapes: Buckets, *, computes_prompts: bool):
         self._backend, self._shapes = backend, shapes
-        self.now = backend.now
+        self.now, self.wait_any = backend.now, backend.wait_any
         self.computes_prompts = computes_prompts
-        self.wait_sec = 0.0
         self.labels: list[str] = []
         self._last_stage: Handle | None = None
         self._last_job: Handle | None = None
@@ -87,14 +84,6 @@ class WatchedBackend:
         self._last_job = self._backend.submit_host(job, operand)
         return self._last_job
 
-    def wait_any(self, handles: Sequence[Handle], deadline_sec: float) -> Handle | None:
-        start_sec = time.perf_counter()
-        try:
-            return self._backend.wait_any(handles, deadline_sec)
-        finally:
-            if deadline_sec > start_sec:  # else it only asks
-                self.wait_sec += time.perf_counter() - start_sec
-
     def finish(self) -> None:
         """Wait for all that is under way, so that the next engine finds the hardware idle."""
         last = [one for one in (self._last_stage, self._last_job) if one is not None]
@@ -110,6 +99,9 @@ class WatchedBackend:
         return HiddenHandle(hidden.x, zeros_bd, hidden.arrays)
 
 
+Watch = Callable[[XlaBackend, Buckets, jax.Device], WatchedBackend]
+
+
 class Started(NamedTuple):
     """An engine, and what can be asked about it."""
 
@@ -121,21 +113,17 @@ class Started(NamedTuple):
 class SharedEngine:
     """One engine's arrays and programs, for every strategy in turn.
 
-    config: its strategy decides about the programs; async_overlap has them for all. timeline:
-    holds the spans of all engines.
+    config: its strategy decides about the programs; async_overlap has them for all. watch: makes
+    the backend that all engines use. timeline: holds the spans of all engines.
     """
 
-    def __init__(
-        self, config: Config, on_progress: Callable[[str], None], *, computes_prompts: bool
-    ):
+    def __init__(self, config: Config, on_progress: Callable[[str], None], watch: Watch):
         self.timeline = SpanKeeper()
         self.config = config
         self.whole = Engine.create(config, on_progress, self.timeline)
         inner = self.whole._dispatch._backend
         assert isinstance(inner, XlaBackend)
-        self.backend = WatchedBackend(
-            inner, self.whole.programs.buckets, computes_prompts=computes_prompts
-        )
+        self.backend = watch(inner, self.whole.programs.buckets, self.device)
         self.times = self._measure()
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:

@@ -1,0 +1,230 @@
+"""Compare every strategy's tokens and scores with device_only's, in each number format.
+
+    python -m launch.parity_report --output=docs/results/parity.json
+
+The demo model continues its own sample prompts greedily. The reference is device_only with room
+for all requests; the strategies get a device that holds a few of them. Where texts part, the
+reference's own margin there (the gap of its two best scores) tells whether rounding can have done
+it. Scores are compared up to there, in standard deviations of the reference's. Writes a table
+beside the JSON file, and fails nothing: tests do that.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from apex_jax.backends.handles import HiddenHandle
+from apex_jax.backends.xla import XlaBackend
+from apex_jax.buckets import Buckets
+from apex_jax.config import CacheConfig, Config, DeviceConfig, ModelConfig, SchedulerConfig
+from apex_jax.hardware import Handle, Head, Stage
+from apex_jax.models import weights
+from apex_jax.models.hf_config import read_model_folder
+from apex_jax.request import Request, RequestOutput, SamplingParams
+from apex_jax.text import Tokenizer
+from launch.environment import ROOT, environment
+from launch.measuring import ResultFile, Row
+from launch.shared_engine import SharedEngine, WatchedBackend, use_two_cpu_devices
+
+_OUTPUT = flags.DEFINE_string("output", "docs/results/parity.json", "Result file.")
+_BUDGET = flags.DEFINE_float("budget_sec", 420.0, "After this time no further group begins.")
+_SMOKE = flags.DEFINE_bool("smoke", False, "A few requests in float32, to show that it runs.")
+_PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu"], "Of the device.")
+_DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16", "float16"], "Of weights and KV.")
+
+MODEL = ROOT / "configs" / "demo_model"
+PROMPTS = ROOT / "configs" / "demo_requests.jsonl"
+NUM_HOST_ROWS = 24
+NUM_DEVICE_PAGES = 40  # about six requests; the others go to the host
+STRATEGIES = {
+    "full_offload": SchedulerConfig(strategy="full_offload"),
+    "asymmetric_pipelining": SchedulerConfig(strategy="asymmetric_pipelining"),
+    "async_overlap": SchedulerConfig(strategy="async_overlap"),
+    "staggered": SchedulerConfig(strategy="staggered", cohorts=3),
+    "passes": SchedulerConfig(strategy="passes", cohorts=2, passes=3),
+}
+COLUMNS = (
+    *("dtype", "strategy", "equal_percent", "earliest_difference", "widest_margin_stds"),
+    *("max_score_difference_stds", "host_token_percent"),
+)
+
+
+class ScoringBackend(WatchedBackend):
+    """A backend that keeps the scores behind every sampled token.
+
+    module: the model in the same number format. seen: by a request's seed and the token's
+    position.
+    """
+
+    def __init__(self, backend: XlaBackend, shapes: Buckets, module: Any):
+        super().__init__(backend, shapes, computes_prompts=True)
+        self._score = jax.jit(module.logits)
+        self._heads: list[tuple[Any, jax.Array]] = []
+
+    def enqueue(self, stage: Stage, *operands: Handle) -> tuple[Handle, ...]:
+        handles = super().enqueue(stage, *operands)
+        if isinstance(stage, Head):
+            for batch, group in zip(stage.batches, operands, strict=True):
+                assert isinstance(group, HiddenHandle)
+                self._heads.append((batch, self._score(group.x_bd)))
+        return handles
+
+    def take(self) -> dict[tuple[int, int], np.ndarray]:
+        """Return the scores since the last call, by a request's seed and the token's position."""
+        scores: dict[tuple[int, int], np.ndarray] = {}
+        for batch, scores_bv in self._heads:
+            rows_bv = np.asarray(scores_bv, np.float32)
+            for row, seed, position in zip(
+                batch.rows_b, batch.seeds_b2[:, 1], batch.positions_b, strict=True
+            ):
+                scores[int(seed), int(position)] = rows_bv[row]
+        self._heads.clear()
+        return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a strategy made of the requests. scores: as ScoringBackend yields them."""
+
+    outputs: Mapping[str, RequestOutput]
+    scores: Mapping[tuple[int, int], np.ndarray]
+
+
+def read_requests(num_tokens: int) -> list[Request]:
+    """Return the sample prompts as greedy requests of one length; a seed names each of them."""
+    tokenizer = Tokenizer(MODEL / "tokenizer.json")
+    requests: list[Request] = []
+    for index, line in enumerate(PROMPTS.read_text().splitlines()):
+        fields = json.loads(line)
+        prompt = fields.get("body", fields)["prompt"]
+        token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, seed=index, ignore_eos=True)
+        requests.append(Request(str(index), token_ids, params))
+    return requests
+
+
+def answer(
+    shared: SharedEngine, settings: SchedulerConfig, num_pages: int, requests: Sequence[Request]
+) -> Answers:
+    """Run all requests to their end."""
+    backend = shared.backend
+    assert isinstance(backend, ScoringBackend)
+    engine = shared.start(shared.make_policy(settings), num_pages).engine
+    outputs: dict[str, RequestOutput] = {}
+    for request in requests:
+        engine.submit(request)
+    while engine.num_unfinished:
+        for output in engine.step():
+            outputs[output.request.request_id] = output
+    return Answers(outputs, backend.take())
+
+
+def compare(right: Answers, got: Answers) -> Row:
+    """Return how far answers agree with the reference's."""
+    firsts: list[int] = []
+    margins: list[float] = []
+    max_difference = 0.0
+    num_tokens = num_host_tokens = 0
+    for name, expected in right.outputs.items():
+        output = got.outputs[name]
+        num_tokens += len(output.token_ids)
+        num_host_tokens += output.num_host_tokens
+        seed, start = expected.request.sampling.seed, len(expected.request.prompt_token_ids)
+        for index, (a, b) in enumerate(zip(expected.token_ids, output.token_ids, strict=True)):
+            scores_v = right.scores[seed, start + index]
+            std = float(scores_v.std())
+            difference = np.abs(got.scores[seed, start + index] - scores_v).max() / std
+            max_difference = max(max_difference, float(difference))
+            if a != b:
+                best = np.partition(scores_v, -2)[-2:]
+                firsts.append(index)
+                margins.append(float(best[1] - best[0]) / std)
+                break
+    return {
+        "requests": len(right.outputs),
+        "tokens": num_tokens,
+        "equal_percent": 100 * (1 - len(firsts) / len(right.outputs)),
+        "first_differences": firsts,
+        "earliest_difference": min(firsts, default=None),
+        "margins_there_stds": [float(f"{margin:.3g}") for margin in margins],
+        "widest_margin_stds": max(margins, default=None),
+        "max_score_difference_stds": max_difference,
+        "host_token_percent": 100 * num_host_tokens / num_tokens,
+    }
+
+
+def measure_dtype(dtype: str, requests: Sequence[Request]) -> Iterator[Row]:
+    """Every strategy in one number format."""
+    longest = max(len(one.prompt_token_ids) + one.sampling.max_tokens for one in requests)
+    config = Config(
+        model=ModelConfig(path=str(MODEL), dtype=dtype, precision="highest"),
+        cache=CacheConfig(host_bytes=2**27, device_bytes=2**26),
+        scheduler=SchedulerConfig(
+            strategy="async_overlap",
+            max_requests=2 * NUM_HOST_ROWS,
+            max_host_requests=NUM_HOST_ROWS,
+            max_prefill_tokens=64,
+            max_model_len=longest,
+        ),
+        device=DeviceConfig(platform=_PLATFORM.value),
+    )
+
+    def watch(backend: XlaBackend, shapes: Buckets, device: jax.Device) -> ScoringBackend:
+        model = read_model_folder(str(MODEL)).architecture
+        loaded = weights.load(MODEL, model, np.dtype(dtype), device)
+        return ScoringBackend(backend, shapes, weights.to_module(model, loaded))
+
+    shared = SharedEngine(config, print, watch)
+    try:
+        everything = shared.whole.memory.num_pages
+        right = answer(shared, SchedulerConfig(), everything, requests)
+        for name, settings in STRATEGIES.items():
+            settings = dataclasses.replace(settings, max_host_requests=NUM_HOST_ROWS)
+            got = answer(shared, settings, NUM_DEVICE_PAGES, requests)
+            yield {"dtype": dtype, "strategy": name, **compare(right, got)}
+    finally:
+        shared.close()
+
+
+def write_table(path: Path, groups: Mapping[str, Sequence[Row]]) -> None:
+    """Write the rows of all number formats as a markdown table."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS)]
+    lines += [[_cell(row[name]) for name in COLUMNS] for rows in groups.values() for row in rows]
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str]) -> int:
+    del argv
+    use_two_cpu_devices(one_core_each=False)
+    requests = read_requests(num_tokens=12 if _SMOKE.value else 64)
+    dtypes = ["float32"] if _SMOKE.value else _DTYPES.value
+    header = {
+        "what": "strategies against device_only on the demo model, greedy; margins and "
+        "differences in standard deviations of the reference's scores",
+        "smoke": _SMOKE.value,
+        "device_pages": NUM_DEVICE_PAGES,
+        "environment": environment(jax.devices(_PLATFORM.value)[0]),
+    }
+    results = ResultFile(Path(_OUTPUT.value), header, _BUDGET.value)
+    for dtype in dtypes:
+        results.measure(dtype, lambda dtype=dtype: measure_dtype(dtype, requests))
+    write_table(results.path.with_suffix(".md"), results.content["groups"])
+    print(f"results in {results.path}")
+    return 1 if results.content["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))
