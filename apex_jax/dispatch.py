@@ -158,9 +158,8 @@ class Dispatch:
     def launch(self, plan: SweepPlan) -> SweepHandle:
         """Run ahead through the sweep: prefill, then decode rows with the cohorts.
 
-        Returns when its last stage is enqueued: long before it has run, where no cohort is on its
-        way.
-        Raises StuckError after the watchdog's time, and what made a host job fail.
+        Returns when its last stage is enqueued: long before that has run, where no cohort is on
+        its way. Raises StuckError after the watchdog's time, and what made a host job fail.
         """
         sweep = _Sweep()
         self._last = None

@@ -157,7 +157,7 @@ class Backend(Protocol):
 
     Stages run in the order of their enqueueing, jobs in the order of their submission. The pages of
     a finished sequence may therefore be handed out again as soon as its last stage is enqueued, or
-    its last job submitted.
+    its last job submitted. A job that fails makes all later ones fail.
     """
 
     def enqueue(self, stage: Stage, *operands: Handle) -> tuple[Handle, ...]:

@@ -20,7 +20,7 @@ def get_config() -> Config:
         # Few buckets: a first start compiles them all.
         scheduler=SchedulerConfig(
             strategy="staggered",
-            max_requests=16,
-            max_host_requests=32,
+            max_requests=8,
+            max_host_requests=16,
         ),
     )
