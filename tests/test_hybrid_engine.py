@@ -277,7 +277,7 @@ def test_both_pools_stay_where_they_are():
     engine = with_limits(
         hybrid_engine("gqa"),
         policy=Merging(max_cohorts=2, passes=2),
-        num_pages=8,
+        num_pages=4,
         max_host_requests=8,
     )
 
@@ -287,7 +287,7 @@ def test_both_pools_stay_where_they_are():
         return [array.unsafe_buffer_pointer() for array in arrays]
 
     before = addresses()
-    run(engine, list(draw_requests("gqa", 1)))
+    run(engine, list(draw_requests("gqa", 0)))
     assert engine._scheduler.stats.num_host_tokens > 0
     assert engine._dispatch.stats.num_moves[Direction.PROMOTION] > 0
     assert addresses() == before
