@@ -33,7 +33,7 @@ from apex_jax.policies import AsymmetricPipelining, DeviceOnly, Merging, Policy
 from apex_jax.request import Request, SamplingParams
 
 NUM_CASES = 210
-NUM_REQUESTS = 7
+NUM_REQUESTS = 5
 NUM_REQUEST_SETS = 3
 STRATEGIES = (
     "device_only",
@@ -126,15 +126,15 @@ def draw_policy(rng: random.Random, strategy: str, num_layers: int) -> Policy:
 
 @functools.cache
 def draw_requests(model: str, request_set: int) -> tuple[Request, ...]:
-    """Half greedy, half sampled; the longest fills seven pages."""
+    """Half greedy, half sampled; the longest fills six pages."""
     rng = random.Random(1000 + request_set)
     requests = []
     for index in range(NUM_REQUESTS):
         prompt = [
-            rng.randrange(MODELS[model].vocab_size) for _ in range(rng.choice((2, 4, 4, 12, 30)))
+            rng.randrange(MODELS[model].vocab_size) for _ in range(rng.choice((3, 4, 12, 30)))
         ]
         params = SamplingParams(
-            max_tokens=rng.randint(1, 20),
+            max_tokens=rng.randint(1, 18),
             temperature=rng.uniform(0.5, 1.5) if index % 2 else 0.0,
             top_k=rng.choice((0, 5, 50)),
             top_p=rng.choice((1.0, 0.8)),
