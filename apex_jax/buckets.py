@@ -56,6 +56,11 @@ class HostBuckets:
     move_pages: tuple[int, ...]
     num_staging_pages: int
 
+    @property
+    def transit_pages(self) -> tuple[int, ...]:
+        """All sizes in which pages travel between the lanes."""
+        return tuple(sorted({*self.staging_pages, *self.move_pages}))
+
 
 @dataclass(frozen=True)
 class Buckets:

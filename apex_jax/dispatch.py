@@ -124,8 +124,10 @@ class Dispatch:
     """The loop over one backend.
 
     layers_per_program: of the Layers stage; it divides num_layers. watchdog_sec: how long anything
-    may take before the job is failed. max_transit_pages: pages of a layer on their way between
-    the lanes at once, because their copies take device memory; one batch of more goes alone.
+    may take before the job is failed. transit_sizes: numbers of pages that transfers are padded to,
+    in ascending order; none for no padding. max_transit_pages: pages of a layer on their way
+    between the lanes at once, because their copies take device memory; one batch of more goes
+    alone.
     """
 
     def __init__(
@@ -137,12 +139,13 @@ class Dispatch:
         layers_per_program: int,
         watchdog_sec: float,
         max_transit_pages: int = 256,
+        transit_sizes: Sequence[int] = (),
     ):
         self.stats = DispatchStats()
         self._backend, self._policy = backend, policy
         self._num_layers, self._span = num_layers, layers_per_program
         self._watchdog_sec = watchdog_sec
-        self._max_transit_pages = max_transit_pages
+        self._max_transit_pages, self._transit_sizes = max_transit_pages, transit_sizes
         self._cohorts: dict[int, _Cohort] = {}
         self._moves: list[_Moving] = []
         self._transit: deque[tuple[int, Handle]] = deque()
@@ -434,13 +437,16 @@ class Dispatch:
     ) -> None:
         (exported,) = self._enqueue(Export(layer, device_pages_i, from_staging=from_staging))
         written = self._backend.submit_host(WritePages(layer, host_pages_i), exported)
-        self._transit.append((len(host_pages_i), written))
+        self._transit.append((self._padded(len(host_pages_i)), written))
 
     def _has_transit_room(self, num_pages: int) -> bool:
         """Whether so many pages of a layer may set out."""
         self._forget_arrived()
-        num_under_way = sum(count for count, _ in self._transit)
-        return not self._transit or num_under_way + num_pages <= self._max_transit_pages
+        num_under_way = sum(count for count, _ in self._transit) + self._padded(num_pages)
+        return not self._transit or num_under_way <= self._max_transit_pages
+
+    def _padded(self, num_pages: int) -> int:
+        return next((size for size in self._transit_sizes if size >= num_pages), num_pages)
 
     def _forget_arrived(self) -> None:
         while self._transit and self._is_ready(self._transit[0][1]):
@@ -467,7 +473,7 @@ class Dispatch:
                     job = ReadPages(moving.next_layer, move.host_pages_i)
                     was_read = self._backend.submit_host(job)
                     moving.under_way.append((moving.next_layer, was_read))
-                    self._transit.append((num_pages, was_read))
+                    self._transit.append((self._padded(num_pages), was_read))
                     moving.next_layer += 1
             if moving.next_layer == self._num_layers and not moving.under_way:
                 self._moves.remove(moving)

@@ -197,6 +197,7 @@ class Engine:
             layers_per_program=programs.num_layers,
             watchdog_sec=config.scheduler.watchdog_sec,
             max_transit_pages=MAX_TRANSIT_PAGES,
+            transit_sizes=shapes.host.transit_pages if shapes.host else (),
         )
         model = LoadedModel(
             name=folder.path.name if folder else "dummy",
@@ -390,7 +391,7 @@ def _make_host_lane(
         page_size=memory.page_size,
         max_sequence_pages=memory.num_staging_pages,
         rows=shapes.host.cohort_rows,
-        written_pages={*shapes.host.staging_pages, *shapes.host.move_pages},
+        written_pages=shapes.host.transit_pages,
         read_pages=shapes.host.move_pages,
         device=choose_host_device(device),
     )

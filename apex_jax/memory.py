@@ -331,7 +331,7 @@ def _scratch_bytes(config: Config, model: LlamaConfig, itemsize: int) -> int:
     """
     widest = model.d_model + 2 * model.d_ffn + 3 * model.num_heads * model.head_dim
     prefill = config.scheduler.max_prefill_tokens * widest * (itemsize + 4)
-    head = config.scheduler.max_requests * model.vocab_size * 4 * 4
+    head = config.scheduler.max_running * model.vocab_size * 4 * 4
     padding_tokens = config.scheduler.max_requests * config.cache.page_size * PAGES_PER_BLOCK
     layer_bytes = model.kv_bytes_per_token(itemsize) // model.num_layers
     return max(prefill, head, GATHERED_COPIES * padding_tokens * layer_bytes)

@@ -61,10 +61,10 @@ SHAPES = {
 }
 PAGE_SIZE = 64
 MIN_CALL_SEC = 0.03  # each contestant repeats its call this long in a round
+REST_SEC = 0.02
 NATIVE_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 QUIET_SHARE = 0.03  # of a CPU: what others may take in a round that counts
-MAX_ATTEMPTS = 4  # times the rounds asked for, until so many were quiet
-LARGE_TOKENS = 8192  # of a call: from here on the targets hold
+MAX_ATTEMPTS = 3  # times the rounds asked for, until so many were quiet
 
 Step = Callable[[], Any]
 Result = TypeVar("Result")
@@ -101,6 +101,8 @@ def rotate(call: Callable[[int], Any], num_calls: int) -> Step:
 
 
 def calls_per_sec(step: Step, min_sec: float = MIN_CALL_SEC) -> float:
+    """Time a step, once the threads of what ran before have stopped to spin."""
+    time.sleep(REST_SEC)
     count, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < min_sec or count == 0:
         step()
@@ -355,11 +357,11 @@ def call_overhead(op: native_library.HostOp) -> Iterator[Row]:
     steps = {"jit": (jit, 1), "compiled": (as_the_engine, 1), "in_one_program": (inside, 200)}
     for name, (step, calls) in steps.items():
         step()
-        samples, share = quietest(functools.partial(calls_per_sec, step, 0.1), 9)
+        samples, share = quietest(functools.partial(calls_per_sec, step, 0.1), _ROUNDS.value)
         microseconds = 1e6 / calls / statistics.median(samples)
         yield {"call": name, "microseconds": microseconds, "others_cpu_share": share}
     if _NATIVE.value:
-        run = functools.partial(run_native, (1, 1, 8), "bfloat16", 1, 1, op)
+        run = functools.partial(run_native, (1, 1, 8), "bfloat16", 1, 1, op, pool_mib=0)
         (found,), share = quietest(run, 1)
         microseconds = found["attend"]["least_microseconds_per_call"]
         yield {"call": "kernel", "microseconds": microseconds, "others_cpu_share": share}
@@ -408,23 +410,6 @@ def cells(op_of: Callable[[int, str], native_library.HostOp]) -> Iterator[Row]:
                         yield measure(name, dtype, context, batch, op_of(threads, isa))
 
 
-def summarise(rows: list[Row]) -> Iterator[Row]:
-    """Yield median and worst quotient of the large cells, by all that is not context or batch."""
-    groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    for row in rows:
-        if row["context"] * row["batch"] < LARGE_TOKENS and not _SMOKE.value:
-            continue
-        key = (row["shape"], row["dtype"], row["isa"], row["threads"])
-        for name, value in row.items():
-            if isinstance(value, dict):
-                groups.setdefault(key, {}).setdefault(name, []).append(value["of_read"])
-    for key, contestants in groups.items():
-        named = dict(zip(("shape", "dtype", "isa", "threads"), key, strict=True))
-        medians = {name: statistics.median(values) for name, values in contestants.items()}
-        worst = {f"worst_{name}": min(values) for name, values in contestants.items()}
-        yield named | medians | worst
-
-
 def main(argv: list[str]) -> None:
     """Measure what the flags ask for and write the JSON."""
     if len(argv) > 1:
@@ -449,8 +434,6 @@ def main(argv: list[str]) -> None:
     if _NATIVE.value:
         results.measure("limits", functools.partial(limits, op))
     results.measure("cells", functools.partial(cells, configure))
-    rows = results.content["groups"].get("cells", [])
-    results.measure("large_cells_of_read", functools.partial(summarise, rows))
     if results.content["failed"]:
         raise SystemExit(1)
 

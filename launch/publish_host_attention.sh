@@ -27,7 +27,7 @@ for name; do
     [[ -n ${runs[$name]-} ]] || die "there is no run called $name, but ${!runs[*]}"
     say "$name"
     # shellcheck disable=SC2086  # both are lists of words
-    ${RUN-} "$python" -m launch.bench_host_attention --native=build/native/attention_benchmark --budget_sec=220 \
+    ${RUN-} "$python" -m launch.bench_host_attention --native=build/native/attention_benchmark --budget_sec=200 \
         --output="$results/$name.json" ${runs[$name]}
 done
 "$python" -m launch.host_attention_table "$results"/*.json

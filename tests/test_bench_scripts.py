@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from launch import host_attention_table
 from launch.measuring import ResultFile, architecture, spread
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -137,13 +138,22 @@ def test_host_attention(tmp_path):
             one = row[name]
             assert 0 < one["least_of_read"] <= one["of_read"] <= one["most_of_read"]
             assert one["of_read"] == pytest.approx(one["gb_per_sec"] / row["read_gb_per_sec"], 0.01)
-    summary = groups["large_cells_of_read"]
-    assert [row["shape"] for row in summary] == ["llama_2_7b", "llama_3_1_8b"]
-    for row in summary:
-        cells = [cell for cell in groups["cells"] if cell["shape"] == row["shape"]]
-        assert row["worst_jit"] == min(cell["jit"]["of_read"] for cell in cells)
     with pytest.raises(AssertionError, match="--shapes=gpt: known are"):
         smoke("bench_host_attention", tmp_path / "no.json", "--shapes=gpt")
+
+
+def test_host_attention_table_is_medians_and_worst_of_large_cells():
+    def row(context, kernel, **others):
+        key = {"shape": "gqa", "dtype": "bfloat16", "isa": "avx2", "threads": 1}
+        shares = {"kernel": {"of_read": kernel}} | {
+            name: {"of_read": share} for name, share in others.items()
+        }
+        return key | {"context": context, "batch": 2} | shares
+
+    rows = [row(64, 0.1), row(4096, 0.5), row(8192, 0.75, jnp=0.25), row(16384, 0.625)]
+    assert host_attention_table.table("file", rows) == [
+        "| file | gqa | bfloat16 | avx2 | 1 | 0.62 (0.50) |  |  |  |  |  | 0.25 (0.25) |"
+    ]
 
 
 def test_reference_says_why_it_is_skipped(tmp_path):
