@@ -4,6 +4,7 @@ Logits are the reference's; the noise is the engine's own, which test_sampling h
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import near_tie
@@ -16,19 +17,31 @@ from apex_jax.plan import HeadBatch
 from apex_jax.request import Request
 
 
-def assert_reference_chooses(
+@dataclass(frozen=True)
+class Choices:
+    """What is right for some requests, in their order: tokens, and their margins and spreads."""
+
+    tokens: list[list[int]]
+    margins: list[list[float]]
+    stds: list[np.ndarray]
+
+    def assert_are(self, got: Sequence[Sequence[int]]) -> None:
+        """Hold tokens to these, by the near-tie rule."""
+        near_tie.assert_equal_but_for_ties(got, self.tokens, self.margins, self.stds)
+
+
+def choices_along(
     model: LlamaConfig,
     tensors: reference.Tensors,
     requests: Sequence[Request],
-    got: Sequence[Sequence[int]],
-) -> None:
-    """Hold each request's tokens to the reference's choices, by the near-tie rule.
+    texts: Sequence[Sequence[int]],
+) -> Choices:
+    """Return what float64 chooses at each position of texts that continue the requests.
 
-    The reference reads the request's own text: up to the first difference both continue the same,
-    and only that far they are compared.
+    Right is what leads a text up to the first difference, where its comparison ends.
     """
-    margins, stds, right = [], [], []
-    for request, tokens in zip(requests, got, strict=True):
+    chosen = Choices([], [], [])
+    for request, tokens in zip(requests, texts, strict=True):
         assert len(tokens) == request.sampling.max_tokens
         prompt = list(request.prompt_token_ids)
         logits_tv = reference.logits(model, tensors, [*prompt, *tokens[:-1]])[len(prompt) - 1 :]
@@ -36,10 +49,20 @@ def assert_reference_chooses(
             reference_choice(request, logits_v, len(prompt) + index)
             for index, logits_v in enumerate(logits_tv)
         ]
-        right.append([int(token) for token, _ in made])
-        margins.append([margin for _, margin in made])
-        stds.append(logits_tv.std(-1))
-    near_tie.assert_equal_but_for_ties(got, right, margins, stds)
+        chosen.tokens.append([int(token) for token, _ in made])
+        chosen.margins.append([margin for _, margin in made])
+        chosen.stds.append(logits_tv.std(-1))
+    return chosen
+
+
+def assert_reference_chooses(
+    model: LlamaConfig,
+    tensors: reference.Tensors,
+    requests: Sequence[Request],
+    got: Sequence[Sequence[int]],
+) -> None:
+    """Hold each request's tokens to the reference's choices, by the near-tie rule."""
+    choices_along(model, tensors, requests, got).assert_are(got)
 
 
 def noise(request, position, num_tokens):

@@ -17,7 +17,7 @@ import near_tie
 import numpy as np
 import pytest
 import reference
-from small_engines import WIDE, make_config, run, with_limits
+from small_engines import WIDE, compilations, make_config, run, with_limits
 
 from apex_jax.buckets import Buckets
 from apex_jax.config import (
@@ -133,21 +133,9 @@ def test_stop_tokens_end_the_output_and_stay_in_it():
 def test_nothing_compiles_after_warm_up():
     engine = with_limits(wide_engine())
     run(engine, draw_requests(seed=1)[:2])
-    compiled = []
-
-    def listen(event, duration_sec, **kwargs):
-        if "backend_compile" in event or "jaxpr_trace" in event:
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jax.jit(lambda x: x + 3)(np.float32(1))
-        assert compiled, "the listener hears nothing"
-        compiled.clear()
+    with compilations() as compiled:
         run(engine, draw_requests(seed=2))
         run(with_limits(engine, max_requests=3), draw_requests(seed=4))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
 
 

@@ -1,12 +1,14 @@
 """SIGKILL at random points of a job with the real engine: each request once, the right tokens.
 
 What a kill does to files is tested many times over with an engine without a model
-(test_batch_commands.py); here what counts is that a resumed engine decodes the right tokens.
+(test_batch_commands.py); here what counts is that a resumed engine decodes the right tokens, with
+the device alone and with a host lane, where a job first stops by a fault of its worker.
 """
 
 import json
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +18,25 @@ import choices
 import pytest
 import reference
 
+from apex_jax.batch.job import EXIT_STOPPED
 from apex_jax.models.hf_config import read_model_folder
 from apex_jax.request import Request, SamplingParams
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "tests/golden/gqa_tied_sharded"
-NUM_KILLS = 10
+NUM_REQUESTS = 100
+DEVICE = (
+    "--config.scheduler.max_requests=4",
+    "--config.cache.device_bytes=150000",  # a few requests' worth: the newest is pre-empted
+)
+# The fewest shapes, since a start should cost little; the device holds one of the longest requests.
+BOTH_LANES = (
+    "--config.scheduler.strategy=staggered",
+    "--config.scheduler.max_requests=2",
+    "--config.scheduler.max_host_requests=4",
+    "--config.cache.device_bytes=41000",
+    "--config.cache.host_bytes=200000",
+)
 
 
 def draw_requests():
@@ -37,13 +52,13 @@ def draw_requests():
                 ignore_eos=True,
             ),
         )
-        for index in range(100)
+        for index in range(NUM_REQUESTS)
     ]
 
 
-@pytest.fixture
-def command(tmp_path):
-    with open(tmp_path / "in.jsonl", "w") as file:
+def make_command(folder, flags, program=("-m", "launch.generate")):
+    """Write the input, and return the command that runs it."""
+    with open(folder / "in.jsonl", "w") as file:
         for request in draw_requests():
             line = {
                 "custom_id": request.request_id,
@@ -56,16 +71,16 @@ def command(tmp_path):
             file.write(json.dumps(line) + "\n")
     return [
         sys.executable,
-        "-m",
-        "launch.generate",
+        *program,
         "--config=configs/default.py",
         f"--config.model.path={MODEL}",
-        "--config.scheduler.max_requests=4",
+        "--config.device.platform=cpu",
         "--config.scheduler.max_prefill_tokens=16",
         "--config.scheduler.max_model_len=160",
-        "--config.cache.device_bytes=150000",  # a few requests' worth: the newest is pre-empted
-        f"--input={tmp_path}/in.jsonl",
-        f"--output={tmp_path}/out.jsonl",
+        f"--input={folder}/in.jsonl",
+        f"--output={folder}/out.jsonl",
+        f"--metrics={folder}/metrics.json",
+        *flags,
     ]
 
 
@@ -88,17 +103,24 @@ def kill_after(command, output, num_more, delay_sec):
     return was_alive
 
 
-def test_a_killed_job_goes_on_with_the_right_tokens(command, tmp_path):
-    output = tmp_path / "out.jsonl"
+@pytest.mark.parametrize(("flags", "num_kills"), [(DEVICE, 4), (BOTH_LANES, 10)])
+def test_a_killed_job_goes_on_with_the_right_tokens(tmp_path, flags, num_kills):
+    command, output = make_command(tmp_path, flags), tmp_path / "out.jsonl"
+    if flags is BOTH_LANES:
+        assert_stops_by_a_fault(make_command(tmp_path, flags, ["tests/faulty_engine.py"]))
+        assert 0 < count_lines(output) < NUM_REQUESTS
     rng = random.Random(time.time_ns())
-    num_kills = sum(
+    num_killed = sum(
         kill_after(command, output, num_more=rng.randrange(5), delay_sec=rng.uniform(0, 0.02))
-        for _ in range(NUM_KILLS)
+        for _ in range(num_kills)
     )
-    assert num_kills == NUM_KILLS
-    assert 0 < count_lines(output) < 100
+    assert num_killed == num_kills
+    assert 0 < count_lines(output) < NUM_REQUESTS
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
+    if flags is BOTH_LANES:
+        hybrid = json.loads((tmp_path / "metrics.json").read_text())["engine"]["hybrid"]
+        assert hybrid["num_host_tokens"] > 0
 
     results = [json.loads(line) for line in output.read_text().splitlines()]
     assert all(result["error"] is None for result in results)
@@ -115,3 +137,11 @@ def test_a_killed_job_goes_on_with_the_right_tokens(command, tmp_path):
         requests,
         [tokens[request.request_id] for request in requests],
     )
+
+
+def assert_stops_by_a_fault(command):
+    """Run a job whose worker fails: it says so, with a status of its own."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert re.search("Error: (.*: )?the wire is cut", done.stderr), done.stderr
+    assert "error: the job stopped by a fault; what is written stays" in done.stderr
