@@ -4,6 +4,7 @@ Owns the names of what can be asked for, not how it is done (a backend's busines
 dispatch loop's). Imports no jax.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,7 +140,12 @@ Job = HostAttention | WritePages | ReadPages
 
 def name_of(work: Stage | Job) -> str:
     """Return the one name of a stage or job, on the timeline and in reports: `host_attention`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", type(work).__name__).lower()
+    return _name_of_kind(type(work))
+
+
+@functools.cache
+def _name_of_kind(kind: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 @runtime_checkable

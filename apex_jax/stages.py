@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, Int
 from apex_jax import sampling
 from apex_jax.attention import append_kv, decode_attention, prefill_attention
 from apex_jax.kv_cache import LayerPages
-from apex_jax.models.llama import DecoderLayer, RMSNorm, next_token_logits
+from apex_jax.models.llama import DecoderLayer, RMSNorm, State, next_token_logits
 from apex_jax.packing import DecodeArrays, PrefillArrays, unpack_head, unpack_prefill_targets
 
-Layers = tuple[nnx.State, ...]
+Layers = tuple[State, ...]
 Pages = tuple[LayerPages, ...]
 
 
@@ -91,7 +91,7 @@ def layers_prefill(
 
 def pre_attention(
     graph: nnx.GraphDef[DecoderLayer],
-    state: nnx.State,
+    state: State,
     x_bd: Float[Array, "b d"],
     rows_b4: Int[Array, "b 4"],
 ) -> Float[Array, "b j h"]:
@@ -112,7 +112,7 @@ def device_attention(
 
 def post_attention(
     graph: nnx.GraphDef[DecoderLayer],
-    state: nnx.State,
+    state: State,
     x_bd: Float[Array, "b d"],
     attended_bnh: Float[Array, "b n h"],
 ) -> Float[Array, "b d"]:
@@ -130,8 +130,8 @@ class BoundaryRows(NamedTuple):
 
 def boundary(
     graph: nnx.GraphDef[DecoderLayer],
-    left: nnx.State,
-    entered: nnx.State,
+    left: State,
+    entered: State,
     groups: tuple[BoundaryRows, ...],
 ) -> tuple[tuple[Float[Array, "b d"], Float[Array, "b j h"]], ...]:
     """Leave a layer and enter the next, all groups in one batch; returns each one's x and qkv."""
@@ -154,7 +154,7 @@ def place(
 
 def head(
     norm_graph: nnx.GraphDef[RMSNorm],
-    norm: nnx.State,
+    norm: State,
     output_vd: Float[Array, "v d"],
     tokens_by_slot: Int[Array, "slots"],
     x_bd: Float[Array, "b d"],

@@ -25,6 +25,7 @@ from apex_jax import packing
 from apex_jax.attention import decode_attention
 from apex_jax.buckets import PAGES_PER_BLOCK
 from apex_jax.models import weights
+from apex_jax.models.llama import State
 from apex_jax.plan import DecodeBatch
 from launch.environment import environment
 from launch.measuring import (
@@ -177,7 +178,7 @@ def measure_linear(bench: Bench, shape: str) -> Iterator[Row]:
     loaded = weights.dummy(model, bench.dtype, bench.device, seed=0)
     graph, _ = weights.graphs(model, bench.dtype)
 
-    def layer(x_bd: jax.Array, state: nnx.State, positions_b: jax.Array) -> jax.Array:
+    def layer(x_bd: jax.Array, state: State, positions_b: jax.Array) -> jax.Array:
         one = nnx.merge(graph, state)
         q, k, v = one.pre_attention(x_bd, positions_b)
         # Attention stands in for nothing here, but keys and values must not be optimised away.

@@ -328,7 +328,9 @@ def make_config() -> Config:
     config.scheduler.max_host_requests = num_host
     config.scheduler.max_model_len = prompt + OUTPUT_TOKENS
     assert config.model.architecture is not None
-    page_bytes = config.cache.page_size * config.model.architecture.kv_bytes_per_token(4)
+    page_bytes = config.cache.page_size * config.model.architecture.kv_bytes_per_token(
+        4 if config.device.platform == "cpu" else 2
+    )
     pages = num_pages_for(prompt + OUTPUT_TOKENS, config.cache.page_size)
     config.cache.host_bytes = num_host * pages * page_bytes
     config.cache.device_bytes = int(max(caps_gib()) * GIB)
@@ -346,6 +348,7 @@ def caps_gib() -> list[float]:
 
 def main(argv: Sequence[str]) -> int:
     del argv
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")  # as launch.generate has it
     config = make_config()
     is_cpu = config.device.platform == "cpu"
     use_two_cpu_devices(one_core_each=is_cpu and len(os.sched_getaffinity(0)) > 1)
@@ -371,8 +374,8 @@ def main(argv: Sequence[str]) -> int:
     for cap in caps_gib():
         name = f"turns_{cap:.3g}_gib"
         results.measure(name, lambda cap=cap: measure_cap(shared, cap, num_repeats))
-        rows = results.content["groups"].get(name, [])
-        results.measure(f"medians_{cap:.3g}_gib", lambda rows=rows: medians(rows))
+        if rows := results.content["groups"].get(name):
+            results.measure(f"medians_{cap:.3g}_gib", lambda rows=rows: medians(rows))
     shared.close()
     print(f"results in {results.path}")
     return 1 if results.content["failed"] else 0

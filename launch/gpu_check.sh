@@ -114,8 +114,8 @@ build() { # limit
 build 60
 part environment 30 "$python" -m launch.environment
 tests 130
-bench bench_strategies 160 strategies.json --config=configs/llama_3_1_8b.py --config.model.weights=dummy \
-    --kv_gib=0.5,2,4 --host_requests=96 --seconds=2 --repeats=1
+bench bench_strategies 190 strategies.json --config=configs/llama_3_1_8b.py --config.model.weights=dummy \
+    --kv_gib=2,0.5,4 --host_requests=64 --prompt_tokens=500 --seconds=2 --repeats=1
 bench bench_transfers 60 transfers.json
 bench bench_dispatch 40 dispatch.json
 bench bench_device 110 device_bfloat16.json --dtype=bfloat16 --kv_gib=8,2

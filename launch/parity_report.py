@@ -56,6 +56,10 @@ COLUMNS = (
 )
 
 
+def platform() -> str:
+    return "cpu" if _SMOKE.value else _PLATFORM.value
+
+
 class ScoringBackend(WatchedBackend):
     """A backend that keeps the scores behind every sampled token.
 
@@ -173,7 +177,7 @@ def measure_dtype(dtype: str, requests: Sequence[Request]) -> Iterator[Row]:
             max_prefill_tokens=64,
             max_model_len=longest,
         ),
-        device=DeviceConfig(platform=_PLATFORM.value),
+        device=DeviceConfig(platform=platform()),
     )
 
     def watch(backend: XlaBackend, shapes: Buckets, device: jax.Device) -> ScoringBackend:
@@ -216,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
         "differences in standard deviations of the reference's scores",
         "smoke": _SMOKE.value,
         "device_pages": NUM_DEVICE_PAGES,
-        "environment": environment(jax.devices(_PLATFORM.value)[0]),
+        "environment": environment(jax.devices(platform())[0]),
     }
     results = ResultFile(Path(_OUTPUT.value), header, _BUDGET.value)
     for dtype in dtypes:

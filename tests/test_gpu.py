@@ -15,11 +15,19 @@ import numpy as np
 import pytest
 
 from apex_jax import sampling
-from apex_jax.config import Config, DeviceConfig, ModelConfig, SchedulerConfig
+from apex_jax.config import (
+    STRATEGIES,
+    CacheConfig,
+    Config,
+    DeviceConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
 from apex_jax.engine import Engine
 from apex_jax.models import weights
 from apex_jax.models.hf_config import read_model_folder
 from apex_jax.request import Request, SamplingParams
+from launch.shared_engine import SharedEngine, WatchedBackend
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 NAME = "gqa_tied_sharded"
@@ -103,6 +111,41 @@ def test_scores_are_those_of_the_cpu(platform):
             scores.append(np.asarray(score(jax.device_put(tokens_bt, device))))
     right, got = scores
     assert np.abs(got - right).max() < near_tie.TAU * right.std()
+
+
+@functools.cache
+def shared_engine(platform):
+    """Return what engines of all strategies share."""
+    config = Config(
+        model=ModelConfig(path=str(GOLDEN / NAME), dtype="float32", precision="highest"),
+        cache=CacheConfig(host_bytes=2**18),
+        scheduler=SchedulerConfig(
+            strategy="async_overlap",
+            max_requests=8,
+            max_host_requests=8,
+            max_prefill_tokens=16,
+            max_model_len=160,
+        ),
+        device=DeviceConfig(platform=platform),
+    )
+    return SharedEngine(
+        config,
+        lambda line: None,
+        lambda inner, shapes, device: WatchedBackend(inner, shapes, computes_prompts=True),
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_gives_the_tokens_of_transformers(platform, strategy):
+    """With room for two or three of the ten requests on the device, in full float32."""
+    requests, right, margins, stds = golden_requests()
+    shared = shared_engine(platform)
+    settings = SchedulerConfig(strategy=strategy, max_host_requests=8)
+    started = shared.start(shared.make_policy(settings), num_pages=24)
+    near_tie.assert_equal_but_for_ties(run(started.engine, requests), right, margins, stds)
+    stats = started.scheduler.stats
+    assert stats.num_output_tokens == sum(map(len, right))
+    assert (stats.num_host_tokens > 0) == (strategy != "device_only")
 
 
 def check_in_place(engine, element_type):

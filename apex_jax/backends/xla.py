@@ -274,7 +274,8 @@ class XlaBackend:
         )
 
     def _sample(self, batch: HeadBatch, x_bd: Array, rows: int) -> Array:
-        packed_b8 = jax.device_put(packing.pack_head(batch, rows=rows), self._device)
+        # As numpy: what a single call uses costs less when it travels with that call.
+        packed_b8 = packing.pack_head(batch, rows=rows)
         name = "head_greedy" if batch.is_greedy else "head_sample"
         tokens_b, self._tokens_by_slot = self._programs[ProgramKey(name, (rows,))](
             self._weights.norm, self._output_vd, self._tokens_by_slot, x_bd, packed_b8
@@ -318,9 +319,10 @@ class XlaBackend:
         )
         return ImportedHandle(marker)
 
-    def _page_ids(self, pages_i: Int32[np.ndarray, "i"], sizes: tuple[int, ...]) -> Array:
-        size = smallest_that_holds(sizes, len(pages_i))
-        return jax.device_put(packing.pack_page_ids(pages_i, size=size), self._device)
+    def _page_ids(
+        self, pages_i: Int32[np.ndarray, "i"], sizes: tuple[int, ...]
+    ) -> Int32[np.ndarray, "j"]:
+        return packing.pack_page_ids(pages_i, size=smallest_that_holds(sizes, len(pages_i)))
 
 
 def _decode_key(stage: str, arrays: DecodeArrays) -> ProgramKey:

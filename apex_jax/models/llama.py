@@ -6,7 +6,7 @@ read. Linear weights are laid out [out, in] (a row's result on XLA's CPU then do
 many rows share the batch), q, k, v and gate, up are fused into one matrix each.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +169,11 @@ class Llama(nnx.Module):
         return self.logits(x_btd)
 
 
+# A module's parameters by name, as nnx.to_pure_dict gives them. No nnx.State: each call of a
+# program takes its arguments apart, a dict in a microsecond, a State in ten.
+State = dict[str, Any]
+
+
 class LlamaWeights(NamedTuple):
     """A model's parameters as a plain pytree, in the pieces that stages take.
 
@@ -177,6 +182,6 @@ class LlamaWeights(NamedTuple):
     """
 
     embedding: Float[Array, "v d"]
-    layers: tuple[nnx.State, ...]
-    norm: nnx.State
+    layers: tuple[State, ...]
+    norm: State
     output: Float[Array, "v d"] | None

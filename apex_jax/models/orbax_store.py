@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from apex_jax.config import ConfigError
@@ -53,8 +52,8 @@ def _to_tree(weights: LlamaWeights) -> dict[str, Any]:
     """Return plain dicts and lists: what is on disk should not know our classes."""
     tree: dict[str, Any] = {
         "embedding": weights.embedding,
-        "layers": [nnx.to_pure_dict(layer) for layer in weights.layers],
-        "norm": nnx.to_pure_dict(weights.norm),
+        "layers": list(weights.layers),
+        "norm": weights.norm,
     }
     if weights.output is not None:
         tree["output"] = weights.output
@@ -64,8 +63,8 @@ def _to_tree(weights: LlamaWeights) -> dict[str, Any]:
 def _from_tree(tree: Mapping[str, Any]) -> LlamaWeights:
     return LlamaWeights(
         embedding=tree["embedding"],
-        layers=tuple(nnx.State(layer) for layer in tree["layers"]),
-        norm=nnx.State(tree["norm"]),
+        layers=tuple(tree["layers"]),
+        norm=tree["norm"],
         output=tree.get("output"),
     )
 

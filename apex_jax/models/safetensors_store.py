@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import ml_dtypes  # teaches numpy, and so safetensors, what bfloat16 is
 import numpy as np
 import safetensors
-from flax import nnx
 
 from apex_jax.config import ConfigError, LlamaConfig
-from apex_jax.models.llama import LlamaWeights
+from apex_jax.models.llama import LlamaWeights, State
 from apex_jax.models.model_files import SAFETENSORS_FILE, SAFETENSORS_INDEX
 
 _DTYPES = {
@@ -159,19 +158,15 @@ def _sources(model: LlamaConfig) -> LlamaWeights:
         "post_attention_layernorm": (width,),
     }
 
-    def layer(index: int) -> nnx.State:
-        return nnx.State(
-            {
-                module: {
-                    parameter: _Fused(
-                        tuple(
-                            (f"model.layers.{index}.{name}.weight", shapes[name]) for name in names
-                        )
-                    )
-                }
-                for module, (parameter, names) in _LAYER_PARTS.items()
+    def layer(index: int) -> State:
+        return {
+            module: {
+                parameter: _Fused(
+                    tuple((f"model.layers.{index}.{name}.weight", shapes[name]) for name in names)
+                )
             }
-        )
+            for module, (parameter, names) in _LAYER_PARTS.items()
+        }
 
     def table(name: str) -> Any:
         return _Fused(((name, (model.vocab_size, width)),))
@@ -179,7 +174,7 @@ def _sources(model: LlamaConfig) -> LlamaWeights:
     return LlamaWeights(
         embedding=table(_EMBEDDING),
         layers=tuple(layer(index) for index in range(model.num_layers)),
-        norm=nnx.State({"scale": _Fused((("model.norm.weight", (width,)),))}),
+        norm={"scale": _Fused((("model.norm.weight", (width,)),))},
         output=None if model.tie_embeddings else table(_OUTPUT),
     )
 

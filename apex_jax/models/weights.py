@@ -30,8 +30,8 @@ def abstract(model: LlamaConfig, dtype: np.dtype) -> LlamaWeights:
     state = nnx.to_pure_dict(nnx.state(_abstract_module(model, dtype)))
     return LlamaWeights(
         embedding=state["embedding"],
-        layers=tuple(nnx.State(state["layers"][index]) for index in range(model.num_layers)),
-        norm=nnx.State(state["norm"]),
+        layers=tuple(state["layers"][index] for index in range(model.num_layers)),
+        norm=state["norm"],
         output=None if model.tie_embeddings else state["lm_head"]["weight"],
     )
 
@@ -78,8 +78,8 @@ def to_module(model: LlamaConfig, weights: LlamaWeights) -> Llama:
     """Return the weights as the module that scores whole sequences."""
     state: dict[str, Any] = {
         "embedding": weights.embedding,
-        "layers": {i: nnx.to_pure_dict(layer) for i, layer in enumerate(weights.layers)},
-        "norm": nnx.to_pure_dict(weights.norm),
+        "layers": dict(enumerate(weights.layers)),
+        "norm": weights.norm,
     }
     if weights.output is not None:
         state["lm_head"] = {"weight": weights.output}
