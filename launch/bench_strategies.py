@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -296,14 +296,17 @@ def medians(rows: Sequence[Row]) -> Iterator[Row]:
     by_name: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_name[row["strategy"]].append(row)
-    base = {row["repeat"]: row["tokens_per_sec"] for row in by_name["device_only"]}
+    base = {row["repeat"]: row for row in by_name["device_only"]}
     for name, turns in by_name.items():
-        ratios = [row["tokens_per_sec"] / base[row["repeat"]] for row in turns]
+        ratios = [row["tokens_per_sec"] / base[row["repeat"]]["tokens_per_sec"] for row in turns]
+        sweeps = [row["sweep_sec"] / base[row["repeat"]]["sweep_sec"] for row in turns]
         summary: Row = {
             "strategy": name,
             "ratio": float(np.median(ratios)),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
+            "sweep_slowdown": float(np.median(sweeps)),
+            "same_program_slowdown": _slowdown(turns, base),
         }
         for key, value in turns[0].items():
             if isinstance(value, int | float) and key != "repeat":
@@ -311,6 +314,20 @@ def medians(rows: Sequence[Row]) -> Iterator[Row]:
                     np.median([row[key] for row in turns if row.get(key) is not None])
                 )
         yield summary
+
+
+def _slowdown(turns: Sequence[Row], base: Mapping[int, Row]) -> float | None:
+    """Return how much longer whole programs of layers take beside a busy host than without one.
+
+    None where a strategy crosses every layer by itself.
+    """
+    quotients = [
+        row["stage_sec"][label] / base[row["repeat"]]["stage_sec"][label]
+        for row in turns
+        for label in row["stage_sec"]
+        if label.startswith("layers ") and label in base[row["repeat"]]["stage_sec"]
+    ]
+    return float(np.median(quotients)) if quotients else None
 
 
 def make_config() -> Config:

@@ -49,7 +49,6 @@ def expected_rate(
         layer_sec = stage_sec[f"layers {rows}"] / load.layers_per_program
         return load.device_rows / (layers * layer_sec + _ends_sec(rows, stage_sec))
 
-    linear_sec = stage_sec[f"boundary {rows}"]
     attention_sec = stage_sec[f"device_attention {rows}"]
     merged_sec = stage_sec[f"boundary {rows}+{cohort}"]
     if settings.strategy == "asymmetric_pipelining":
@@ -58,6 +57,7 @@ def expected_rate(
         sweep_sec = layers * layer_sec + _ends_sec(rows, stage_sec)
         return (load.device_rows + load.host_rows) / sweep_sec
 
+    linear_sec = stage_sec[f"boundary {rows}"]
     num_passes = settings.passes if settings.strategy == "passes" else 1
     sweep_sec = layers * (linear_sec + attention_sec) + _ends_sec(rows, stage_sec)
     sweep_sec += load.num_cohorts * (merged_sec - linear_sec)
