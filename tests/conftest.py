@@ -6,9 +6,11 @@ Imports no apex_jax at the top: the jaxtyping hook must be there before the pack
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 # Variables of the user's shell that change what programs compute or where they are kept.
@@ -66,3 +68,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in SKIPPED_UNLESS_SELECTED.items():
             if item.get_closest_marker(marker) and not _selects(config, marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def without_annotations_checked() -> Iterator[None]:
+    """For modules of some million calls: checking each one's annotations, as the other tests do,
+    takes 25 times as long as the calls.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -32,6 +32,7 @@ from apex_jax.plan import Direction
 from apex_jax.policies import AsymmetricPipelining, DeviceOnly, Merging, Policy
 from apex_jax.request import Request, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("without_annotations_checked")
 NUM_CASES = 210
 NUM_REQUESTS = 5
 NUM_REQUEST_SETS = 3

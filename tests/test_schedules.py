@@ -7,7 +7,6 @@ leaves that out, and so the shallow models here are held to it with this term ad
 
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 from simulated_loop import SimulatedLoop, measure
 
@@ -15,16 +14,7 @@ from apex_jax.config import LlamaConfig
 from apex_jax.cost_model import Hardware, StageTimes
 from apex_jax.policies import AsymmetricPipelining, DeviceOnly, Merging
 
-
-@pytest.fixture(autouse=True, scope="module")
-def without_annotations_checked():
-    """Some million calls: checking each one's annotations, as other tests do, takes 25 times as
-    long as the calls.
-    """
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
+pytestmark = pytest.mark.usefixtures("without_annotations_checked")
 
 G = 4  # device rows
 TL, TA, A = 1.0, 0.5, 0.1
