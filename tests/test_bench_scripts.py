@@ -193,6 +193,7 @@ def test_strategies(tmp_path):
     assert summary[0]["ratio"] == 1
 
 
+@pytest.mark.slow
 def test_parity_report(tmp_path):
     path = tmp_path / "parity.json"
     content = smoke("parity_report", path)
