@@ -360,7 +360,7 @@ def make_config() -> Config:
 
 
 def caps_gib() -> list[float]:
-    return [2**-12] if _SMOKE.value else [float(gib) for gib in _KV_GIB.value]
+    return [2**-11.5] if _SMOKE.value else [float(gib) for gib in _KV_GIB.value]
 
 
 def main(argv: Sequence[str]) -> int:
