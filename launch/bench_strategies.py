@@ -265,7 +265,7 @@ def measure(shared: SharedEngine, name: str, num_pages: int) -> Row:
         STRATEGIES[name], max_host_requests=shared.config.scheduler.max_host_requests
     )
     memory, model = shared.whole.memory, shared.whole.model.architecture
-    prompt = _PROMPT.value if not _SMOKE.value else 20
+    prompt = _PROMPT.value if not _SMOKE.value else 150
     pages_per_row = num_pages_for(prompt, memory.page_size) + GROWTH_PAGES
     num_device = num_pages // pages_per_row
     num_requests = num_device + settings.max_host_requests
@@ -274,7 +274,7 @@ def measure(shared: SharedEngine, name: str, num_pages: int) -> Row:
     run = Run(shared, shared.make_policy(settings), num_pages)
     run.fill(requests, num_settling=model.num_layers + 1)
     begin, end = run.look(_SECONDS.value if not _SMOKE.value else 0.2)
-    shared.backend.finish()
+    shared.finish()
     if _TRACES.value is not None:
         write_trace(shared, Path(_TRACES.value) / f"{name}.json", begin.now_sec, end.now_sec)
     return run.describe(settings, begin, end)
@@ -340,7 +340,7 @@ def make_config() -> Config:
         config = Config(model=model)
         config.device.platform = "cpu"
         config.scheduler.max_prefill_tokens = 64 if smoke else 1024
-    prompt, num_host = (20, 6) if smoke else (_PROMPT.value, _NUM_HOST.value)
+    prompt, num_host = (150, 6) if smoke else (_PROMPT.value, _NUM_HOST.value)
     config.scheduler.strategy = "async_overlap"  # whose cohort may be the largest
     config.scheduler.max_host_requests = num_host
     config.scheduler.max_model_len = prompt + OUTPUT_TOKENS
@@ -360,7 +360,7 @@ def make_config() -> Config:
 
 
 def caps_gib() -> list[float]:
-    return [2**-12] if _SMOKE.value else [float(gib) for gib in _KV_GIB.value]
+    return [2**-11.5] if _SMOKE.value else [float(gib) for gib in _KV_GIB.value]
 
 
 def main(argv: Sequence[str]) -> int:

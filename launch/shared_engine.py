@@ -7,6 +7,7 @@ out. Engines are used one after the other. Called by the measurements that compa
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ class WatchedBackend:
         return self._last_job
 
     def finish(self) -> None:
-        """Wait for all that is under way, so that the next engine finds the hardware idle."""
+        """Wait for all that is under way."""
         last = [one for one in (self._last_stage, self._last_job) if one is not None]
         for handle in last:
             self._backend.wait_any([handle], self.now() + 60.0)
@@ -170,6 +171,12 @@ class SharedEngine:
             whole._setup_sec,
         )
         return Started(engine, scheduler, dispatch)
+
+    def finish(self) -> None:
+        """Wait for all that is under way, and until the timeline knows of it."""
+        self.backend.finish()
+        while len(self.timeline.lanes["device"]) < len(self.backend.labels):
+            time.sleep(1e-3)
 
     def close(self) -> None:
         self.whole.close()
