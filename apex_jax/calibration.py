@@ -33,32 +33,36 @@ def calibrate(
 ) -> StageTimes:
     """Return times of a layer's linear work and attention, at few and at many rows and tokens.
 
-    Heads, transfers and Python's own time are left at zero, except that a host job's time includes
-    its transfers. num_pages, num_host_pages: of the two pools.
+    Heads, transfers and Python's own time are left at zero: a job repeated on the same operand
+    waits for no transfer. num_pages, num_host_pages: of the two pools.
     """
     assert shapes.host is not None
     few = _batch(shapes.device_rows[0], 1, num_pages, shapes.page_size)
     many = _batch(shapes.device_rows[-1], num_pages, num_pages, shapes.page_size)
     pre_sec, post_sec, attention_sec = _device_times(backend, few)
     many_pre_sec, many_post_sec, many_attention_sec = _device_times(backend, many)
-    num_tokens = _num_tokens(many) - _num_tokens(few)
+    token_sec = _slope(attention_sec, many_attention_sec, _num_tokens(many) - _num_tokens(few))
 
-    cohort_rows = shapes.host.cohort_rows[-1]
-    shallow = _batch(cohort_rows, 1, num_host_pages, shapes.page_size)
-    deep = _batch(cohort_rows, num_host_pages, num_host_pages, shapes.page_size)
+    cohort_rows = shapes.host.cohort_rows
+    shallow = _batch(cohort_rows[0], 1, num_host_pages, shapes.page_size)
+    deep = _batch(cohort_rows[-1], num_host_pages, num_host_pages, shapes.page_size)
     job_sec, deep_job_sec = (_host_time(backend, batch) for batch in (shallow, deep))
-    num_host_tokens = max(1, _num_tokens(deep) - _num_tokens(shallow))
+    host_token_sec = _slope(job_sec, deep_job_sec, _num_tokens(deep) - _num_tokens(shallow))
     return StageTimes(
         num_layers=num_layers,
         linear_sec=pre_sec + post_sec,
         linear_sec_per_row=(many_pre_sec + many_post_sec) / len(many.slots_b),
         pre_share=pre_sec / (pre_sec + post_sec),
-        device_attention_sec=attention_sec,
-        device_attention_sec_per_token=max(0.0, many_attention_sec - attention_sec)
-        / max(1, num_tokens),
-        host_attention_sec_per_token=max(0.0, deep_job_sec - job_sec) / num_host_tokens,
-        host_job_sec=job_sec,
+        device_attention_sec=max(0.0, attention_sec - token_sec * _num_tokens(few)),
+        device_attention_sec_per_token=token_sec,
+        host_attention_sec_per_token=host_token_sec,
+        host_job_sec=max(0.0, job_sec - host_token_sec * _num_tokens(shallow)),
     )
+
+
+def _slope(few_sec: float, many_sec: float, num_tokens: int) -> float:
+    """Return seconds a token; 0 where more tokens took no longer, or there were no more."""
+    return max(0.0, many_sec - few_sec) / num_tokens if num_tokens > 0 else 0.0
 
 
 def _batch(rows: int, max_pages: int, num_pages: int, page_size: int) -> DecodeBatch:

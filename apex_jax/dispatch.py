@@ -325,21 +325,22 @@ class Dispatch:
         """Decide late: wait for the attention, or for the device to run out of stages."""
         assert cohort.handle is not None
         while True:
+            is_ready = self._is_ready(cohort.handle)
             view = CohortView(
                 cohort_id=cohort.batch.cohort_id,
                 point=cohort.point,
                 num_layers=self._num_layers,
                 num_extra_passes=cohort.num_extra_passes,
                 can_merge=can_merge,
-                is_ready=self._is_ready(cohort.handle),
-                queue_depth=self._queue_depth(),
+                is_ready=is_ready,
+                queue_depth=0 if is_ready else self._queue_depth(),
             )
             action = self._policy.at_boundary(boundary, view)
             if action is not Action.WAIT:
                 assert view.is_ready or action is Action.SKIP
                 assert can_merge or action is not Action.MERGE
                 return action
-            self._wait([cohort.handle, *list(self._queue)[-2:-1]])
+            self._wait([cohort.handle, *self._all_but_one()])
 
     def _enter(self) -> None:
         """Let cohorts begin their token: embed it and enter layer 0."""
@@ -440,6 +441,7 @@ class Dispatch:
 
     def _has_transit_room(self, num_pages: int) -> bool:
         """Whether so many pages of a layer may set out."""
+        self._queue_depth()  # forgets exports that have ended: their handles hold copies
         self._forget_arrived()
         num_under_way = sum(count for count, _ in self._transit) + self._padded(num_pages)
         return not self._transit or num_under_way <= self._max_transit_pages
@@ -496,6 +498,13 @@ class Dispatch:
         while self._queue and self._is_ready(self._queue[0]):
             self._queue.popleft()
         return len(self._queue)
+
+    def _all_but_one(self) -> tuple[Handle, ...]:
+        """Return the stage whose end leaves the device one stage; none where it has no more."""
+        if len(self._queue) < 2:
+            return ()
+        # A CPU may end independent stages out of order: then it is the oldest that counts.
+        return (self._queue[0] if self._is_ready(self._queue[-2]) else self._queue[-2],)
 
     def _wait(self, handles: Sequence[Handle]) -> Handle:
         deadline_sec = self._backend.now() + self._watchdog_sec

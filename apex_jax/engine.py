@@ -5,13 +5,14 @@ tokens of a sweep are read while the next one runs, so the device never waits fo
 settings that cannot be honoured. Called by the batch job.
 """
 
+import contextlib
 import os
 import resource
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ class Engine:
         has_host = config.scheduler.has_host_lane
         shapes = _choose_buckets(config, memory)
         host_op = load_host_op(config.host) if has_host else None
+        host_device = choose_host_device(device) if has_host else None
         on_progress(
             describe_plan(
                 config, folder, architecture, dtype, memory, shapes, device, host_op=host_op
@@ -154,7 +156,11 @@ class Engine:
         jax.block_until_ready((loaded, pages, staging))
         workers = Workers(
             Completions(timeline.span),
-            _make_host_lane(architecture, dtype, memory, shapes, device, config, timeline),
+            None
+            if host_device is None
+            else _make_host_lane(
+                architecture, dtype, memory, shapes, device, host_device, config, timeline
+            ),
         )
         setup_sec["load"] = time.perf_counter() - start_sec
 
@@ -234,7 +240,8 @@ class Engine:
         """Drop a request without a result; False where there is none of that name."""
         is_found = self._scheduler.cancel(request_id)
         if is_found and not self.num_unfinished:
-            self._drain()
+            with self._explained():
+                self._drain()
         return is_found
 
     def step(self) -> list[RequestOutput]:
@@ -243,13 +250,10 @@ class Engine:
         Raises StuckError where nothing moves any more, and what made a host job fail; the engine
         is of no use after that.
         """
-        try:
+        with self._explained():
             outputs = self._step()
             if not self.num_unfinished:
                 self._drain()
-        except StuckError as error:
-            where = f"{self._scheduler.describe()}\n{self._workers.describe()}\n{_stacks()}"
-            raise StuckError(f"{error}\n{where}") from None
         return outputs
 
     def close(self) -> None:
@@ -312,6 +316,15 @@ class Engine:
                 **self._timeline.figures().to_json(),
             }
         return metrics
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Add to the error that nothing moves where everything stands."""
+        try:
+            yield
+        except StuckError as error:
+            where = f"{self._scheduler.describe()}\n{self._workers.describe()}\n{_stacks()}"
+            raise StuckError(f"{error}\n{where}") from None
 
     def _step(self) -> list[RequestOutput]:
         """Plan, launch, commit the sweep before."""
@@ -378,12 +391,12 @@ def _make_host_lane(
     memory: MemoryPlan,
     shapes: buckets.Buckets,
     device: jax.Device,
+    host_device: jax.Device,
     config: Config,
     timeline: Timeline,
-) -> HostLane | None:
+) -> HostLane:
     """Take the host's memory, compile the host's programs and start its worker."""
-    if shapes.host is None:
-        return None
+    assert shapes.host is not None
     programs = HostPrograms(
         architecture,
         dtype=dtype,
@@ -393,7 +406,7 @@ def _make_host_lane(
         rows=shapes.host.cohort_rows,
         written_pages=shapes.host.transit_pages,
         read_pages=shapes.host.move_pages,
-        device=choose_host_device(device),
+        device=host_device,
     )
     if timeline.is_tracing:
         native_library.record(THREAD_SPANS)

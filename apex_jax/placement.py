@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from apex_jax.buckets import Buckets
-from apex_jax.config import Config, ConfigError, LlamaConfig
+from apex_jax.config import Config, ConfigError, HostConfig, LlamaConfig
 from apex_jax.memory import GIB, MemoryPlan
 from apex_jax.models.hf_config import ModelFolder
 from apex_jax.ops.native_library import HostOp
@@ -84,7 +84,8 @@ def describe_plan(
         lines.append(
             f"           host KV cache {format_size(memory.host_pool_bytes)} "
             f"({memory.num_host_pages} pages = {memory.host_pool_tokens} tokens), for which the "
-            f"device gives {format_size(memory.lane_bytes)}"
+            f"device gives {format_size(memory.lane_bytes)} more (less with a smaller "
+            "scheduler.max_model_len)"
         )
     at_once = f"{scheduler.max_requests} requests at once"
     if host_op is not None:
@@ -107,7 +108,11 @@ def _describe_strategy(config: Config) -> str:
     scheduler = config.scheduler
     match scheduler.strategy:
         case "device_only":
-            return "device_only; no host lane"
+            has_settings = config.host != HostConfig() or config.cache.host_bytes is not None
+            ignored = ", so host settings have no effect" if has_settings else ""
+            return f"device_only; no host lane{ignored}"
+        case "full_offload":
+            return "full_offload; the device's KV cache stays empty"
         case "staggered":
             return f"staggered, {scheduler.cohorts} cohorts"
         case "passes":

@@ -35,7 +35,7 @@ class CohortView:
     point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given
     since the device's rows last were where it stood. can_merge: the device is at this very point
     and nobody has taken it. is_ready: its attention is done. queue_depth: stages the device has
-    left to end.
+    left to end; not counted (0) where the cohort is ready anyway.
     """
 
     cohort_id: int

@@ -35,6 +35,9 @@ from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
 from apex_jax.sequence import Lane, Sequence
 
 MAX_PROMOTIONS = 2  # at once: a sequence on its way does not decode, and they travel one by one
+# Sweeps without a token after which room on the device is kept for a host-lane request. A policy
+# that merges gives every row its turn sooner; one that predicts may give it none.
+PATIENCE_SWEEPS = 256
 # Of a sweep's prompt tokens, what the host lane gets while the device lane prefills too.
 HOST_PREFILL_SHARE = 4
 
@@ -122,6 +125,9 @@ class Scheduler:
         self._free_slots = list(range(self.num_slots - 1, -1, -1))
         self._num_unfinished = 0
         self._waiting: list[Sequence] = []  # by index, so that a pre-empted one goes on first
+        self._kept_for: Sequence | None = (
+            None  # a host-lane request that waited long for the device
+        )
         self._group: PromptGroup | None = None
         self._cohorts: dict[int, list[Sequence]] = {}  # with a token under way
         self._moving: dict[int, _Moving] = {}
@@ -311,7 +317,9 @@ class Scheduler:
         """Drive the newest from the device until a page is free, or will be when one has left."""
         room = self._device
         while room.pool.num_free == 0 and sequence.lane is Lane.DEVICE:
-            if any(one.is_fully_planned or one.is_moving for one in room.sequences):
+            # Who arrives meanwhile is the newest, but not here yet.
+            is_arriving = any(one.direction is Direction.PROMOTION for one in self._moving.values())
+            if is_arriving or any(one.is_fully_planned or one.is_moving for one in room.sequences):
                 return
             newest = room.sequences[-1]
             if self._can_demote(newest):
@@ -336,6 +344,8 @@ class Scheduler:
             if not self._device.has_row(admissible):
                 break
             if not self._device.has_pages(sequence, admissible):
+                break
+            if self._kept_for is not None and sequence.index > self._kept_for.index:
                 break
             admissible.append(sequence)
         candidates = sorted(candidates + admissible, key=lambda one: one.index)
@@ -390,6 +400,7 @@ class Scheduler:
         table_bm = room.rows(sequences, int(positions_b.max()) + 1)
         for sequence in sequences:
             sequence.num_computed += 1
+            sequence.last_step = self.stats.num_sweeps
         return DecodeBatch(slots_b, positions_b, table_bm)
 
     def _plan_head(
@@ -449,6 +460,7 @@ class Scheduler:
         for sequence in group.sequences:
             self.stats.num_host_prefilled_tokens += len(sequence.token_ids)
             sequence.num_computed = len(sequence.token_ids)
+            sequence.last_step = self.stats.num_sweeps
             sequence.is_decoding = True
         self._group = None
         sequences = list(group.sequences)
@@ -517,7 +529,11 @@ class Scheduler:
     # Movement
 
     def _promote(self, moves: list[Move]) -> None:
-        """Let the oldest between two tokens on the host go where the device has room."""
+        """Let the oldest between two tokens on the host go where the device has room.
+
+        For one that has waited long, room is kept from younger requests.
+        """
+        self._kept_for = None
         if self._host is None or not self._policy.uses_device_lane:
             return
         directions = Counter(moving.direction for moving in self._moving.values())
@@ -526,6 +542,8 @@ class Scheduler:
             if not sequence.is_ready or not self._device.can_ever_hold(sequence):
                 continue
             if num_left == 0 or not self._device.has_row() or not self._device.has_pages(sequence):
+                if self.stats.num_sweeps - sequence.last_step > PATIENCE_SWEEPS:
+                    self._kept_for = sequence
                 break
             moves.append(self._start_move(sequence, Direction.PROMOTION))
             num_left -= 1

@@ -25,6 +25,7 @@ class Sequence:
     whose KV the planned sweeps (or the cohort's token under way) have written. lane: where its
     pages are, None while waiting. slot: row of the device's `tokens_by_slot`, None while waiting.
     is_decoding: its last token lies in that slot. is_moving: its KV is between the lanes.
+    last_step: number of the sweep that planned its last step, 0 before the first.
     cohort_id: of the cohort in which its next token is under way. num_host_tokens: output tokens
     whose attention the host did.
     """
@@ -41,6 +42,7 @@ class Sequence:
     is_moving: bool = False
     cohort_id: int | None = None
     num_computed: int = 0
+    last_step: int = 0
     num_unread: int = 0
     num_preemptions: int = 0
     num_host_tokens: int = 0

@@ -82,6 +82,7 @@ class View(NamedTuple):
 
 def draw(lanes: dict[str, list[Span]], view: View) -> str:
     """Return the picture. Raises ValueError if nothing lies in the view."""
+    seen = [span for spans in lanes.values() for span in spans]
     lanes = {
         title: [
             span for span in spans if span.end_sec > view.from_sec and span.start_sec < view.to_sec
@@ -90,7 +91,12 @@ def draw(lanes: dict[str, list[Span]], view: View) -> str:
     }
     lanes = {title: spans for title, spans in lanes.items() if spans}
     if not lanes:
-        raise ValueError(f"nothing happened from {view.from_sec:g} s to {view.to_sec:g} s")
+        first = min((span.start_sec for span in seen), default=0.0)
+        last = max((span.end_sec for span in seen), default=0.0)
+        raise ValueError(
+            f"nothing happened from {view.from_sec:g} s to {view.to_sec:g} s; the trace's events "
+            f"are from {first:.3f} s to {last:.3f} s"
+        )
     colors = _colors_by_name(lanes)
     bottom = AXIS + ROW * len(lanes)
     body = list(_axis(view, bottom))

@@ -343,7 +343,12 @@ def test_a_cpu_stands_in_beside_another_one():
     assert choose_host_device(device) == host
     with (
         mock.patch.object(jax, "devices", return_value=[device]),
-        pytest.raises(RuntimeError, match=r"needs two CPU devices: .*jax_num_cpu_devices"),
+        pytest.raises(ConfigError, match=r"needs two CPU devices: .*jax_num_cpu_devices"),
+    ):
+        choose_host_device(device)
+    with (
+        mock.patch.object(jax, "devices", side_effect=RuntimeError("no such platform")),
+        pytest.raises(ConfigError, match="JAX_PLATFORMS=cuda,cpu, or leave JAX_PLATFORMS unset"),
     ):
         choose_host_device(device)
 

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -271,6 +272,40 @@ def test_a_long_prompt_for_the_host_stalls_neither_lane():
     loop.run()
     for output in loop.outputs.values():
         check(output)
+
+
+def test_a_policy_that_gives_a_request_no_tokens_does_not_starve_it():
+    """On a host too slow to pay, only the device can serve it: room is kept once it has waited."""
+    slow = AsymmetricPipelining(replace(TIMES, host_attention_sec_per_token=1e3))
+    loop = Loop(num_pages=16, num_host_pages=64, max_requests=4, max_host_requests=8, policy=slow)
+    for index in range(3):
+        loop.submit(make_request(str(index), [index] * 12, 20, ignore_eos=True))
+    loop.submit(make_request("long", [7] * 92, 20, ignore_eos=True))
+    for index in range(150):
+        loop.submit(make_request(f"later {index}", [9] * 12, 20, ignore_eos=True))
+    loop.run()
+    by_end = sorted(loop.outputs.values(), key=lambda output: output.finish_sec)
+    place = [output.request.request_id for output in by_end].index("long")
+    assert place < 80, f"it ended as number {place} of {len(by_end)}"
+
+
+def test_exported_pages_are_let_go_once_they_have_arrived():
+    loop = Loop(
+        num_pages=2,
+        num_host_pages=64,
+        max_requests=2,
+        max_host_requests=4,
+        policy=Merging(),
+        pace=Pace.EAGER,
+        num_layers=24,
+    )
+    loop.submit(make_request("0", [7] * 24, 4, ignore_eos=True))
+    most = 0
+    while not loop.outputs:
+        loop.step()
+        exports = [one for one in loop.dispatch._queue if isinstance(one.value, np.ndarray)]
+        most = max(most, sum(one.value.size for one in exports if one.value.ndim == 2))
+    assert most <= (3 + 3) * PAGE_SIZE, "max_transit_pages, and the last stage's"
 
 
 def test_a_policy_and_buckets_that_disagree_are_refused():

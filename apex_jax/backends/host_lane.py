@@ -211,7 +211,7 @@ def load_host_op(host: HostConfig) -> HostOp:
             numa_node=host.numa_node,
             isa=host.isa,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise ConfigError(f"--config.host cannot be honoured: {error}") from None
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from apex_jax.config import LlamaConfig
+from apex_jax.config import ConfigError, LlamaConfig
 from apex_jax.ops import host_attention
 from apex_jax.programs import ProgramKey
 
@@ -87,11 +87,21 @@ class HostPrograms:
 
 
 def choose_host_device(device: jax.Device) -> jax.Device:
-    """Return the CPU device that holds the host's pools beside an accelerator or its stand-in."""
-    for candidate in jax.devices("cpu"):
+    """Return the CPU device that holds the host's pools beside an accelerator or its stand-in.
+
+    Raises ConfigError where JAX has none.
+    """
+    try:
+        candidates = jax.devices("cpu")
+    except RuntimeError:
+        raise ConfigError(
+            "a host lane needs JAX's CPU platform beside the GPU's: add it, as in "
+            "JAX_PLATFORMS=cuda,cpu, or leave JAX_PLATFORMS unset"
+        ) from None
+    for candidate in candidates:
         if candidate != device:
             return candidate
-    raise RuntimeError(
+    raise ConfigError(
         "a host lane beside a CPU needs two CPU devices: "
         'jax.config.update("jax_num_cpu_devices", 2) before their first use'
     )
