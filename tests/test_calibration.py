@@ -37,8 +37,9 @@ def measure(backend, num_host_pages=64):
     )
 
 
-@pytest.mark.parametrize(("num_host_pages", "tolerance"), [(64, 0.02), (32, 0.02), (3, 0.1)])
-def test_known_times_are_found(num_host_pages, tolerance):
+# A pool of three pages has no two batches to tell tokens from overhead by, and holds 48 tokens.
+@pytest.mark.parametrize(("num_host_pages", "most_tokens"), [(64, 500), (32, 500), (3, 48)])
+def test_known_times_are_found(num_host_pages, most_tokens):
     found = measure(SimulatedBackend(TRUE, layers_per_program=2, page_size=16), num_host_pages)
     for num_rows in (1, 4, 32):
         assert found.linear(num_rows) == pytest.approx(TRUE.linear(num_rows), rel=0.02)
@@ -47,10 +48,9 @@ def test_known_times_are_found(num_host_pages, tolerance):
         assert found.device_attention(num_tokens) == pytest.approx(
             TRUE.device_attention(num_tokens), rel=0.02
         )
-    for num_rows, num_tokens in ((2, 40), (16, 500)):
-        assert found.host_attention(num_rows, num_tokens) == pytest.approx(
-            TRUE.host_attention(num_rows, num_tokens), rel=tolerance
-        )
+    assert found.host_attention(2, most_tokens) == pytest.approx(
+        TRUE.host_attention(2, most_tokens), rel=0.02
+    )
 
 
 def test_a_device_that_never_answers_is_reported():
