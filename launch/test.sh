@@ -36,9 +36,18 @@ run_tests() {
 }
 
 # No line after pytest's own: it is the last one of a run that passed.
-if [[ -n $other_python ]]; then
-    run_tests "$second_python" -m pytest --hypothesis-profile=ci "$@"
-else
+if [[ -z $other_python ]]; then
     say "tests on Python $other skipped: there is no Python $other on this machine"
+    run_tests "$main_python" -m pytest --hypothesis-profile=ci "$@"
+    exit
 fi
-run_tests "$main_python" -m pytest --hypothesis-profile=ci "$@"
+# Both at once, for they wait much and two cores are usual; one is shown, the other's output follows.
+log=$(mktemp)
+run_tests "$main_python" -m pytest --hypothesis-profile=ci "$@" >"$log" 2>&1 &
+main_tests=$!
+trap 'kill "$main_tests" 2>/dev/null || true; rm -f "$log"' EXIT
+run_tests "$second_python" -m pytest --hypothesis-profile=ci "$@"
+status=0
+wait "$main_tests" || status=$?
+cat "$log"
+exit "$status"
