@@ -206,7 +206,7 @@ class Run:
         sizes: dict[object, int] = {}
         for span in self._shared.timeline.lanes["host"][-8:]:
             if span.name == "host_attention":
-                sizes[span.args["cohort_id"]] = int(str(span.args["rows"]))
+                sizes[span.args["cohort"]] = int(str(span.args["rows"]))
         return list(sizes.values())
 
     def _busy(self, begin: Counts, end: Counts) -> Row:

@@ -162,7 +162,7 @@ class HostLane:
         pool, out_bnh, _ = program(pool, qkv_bjh, tables_bm, lengths_b, np.int32(num_rows))
         self._pools[job.layer] = pool
         out_bnh.block_until_ready()
-        self._span("host", job, start_sec, rows=num_rows, cohort_id=job.cohort_id)
+        self._span("host", job, start_sec, rows=num_rows, cohort=job.cohort_id)
         return out_bnh
 
     def _write_pages(self, job: WritePages, pages_ik2zh: Float[np.ndarray, "i k 2 z h"]) -> None:
@@ -186,6 +186,7 @@ class HostLane:
 
     def _receive(self, job: Job, operand: Array) -> np.ndarray:
         """Wait for the copy to the host that was started when the operand was enqueued."""
+        jax.block_until_ready(operand)  # until then the device computes it, and nothing travels
         start_sec = time.perf_counter()
         arrived = np.asarray(operand)
         self._span("to host", job, start_sec, bytes=arrived.nbytes)
