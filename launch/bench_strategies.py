@@ -50,7 +50,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "Turns of all strategies.")
 _ONLY = flags.DEFINE_list("strategies", [], "Names of those to run besides device_only; all.")
 _TRACES = flags.DEFINE_string("traces", None, "Folder for a timeline of each strategy.")
 
-# Layers of 51 MB, which one core reads in some milliseconds; heads and KV as of a small Llama.
+# Layers of 45 MB, which one core reads in some milliseconds; heads and KV as of a small Llama.
 SMALL = LlamaConfig(
     num_layers=12,
     d_model=1024,
