@@ -248,7 +248,8 @@ class Dispatch:
             if merging and stop < self._num_layers:
                 [cohort] = merging
                 assert cohort.handle is not None
-                x, entered = self._enqueue(Boundary(layer), x, cohort.handle)
+                boundary = Boundary(layer, cohort.batch.cohort_id)
+                x, entered = self._enqueue(boundary, x, cohort.handle)
                 place, merging = _Place.INSIDE, []
                 self.stats.num_merges += 1
                 cohort.num_extra_passes = 0
@@ -348,7 +349,7 @@ class Dispatch:
             points = [one.point for one in self._cohorts.values() if one.handle is not None]
             if cohort.handle is None and self._policy.may_enter(points, self._num_layers):
                 (x,) = self._enqueue(Embed(cohort.batch.decode))
-                (entered,) = self._enqueue(PreAttention(0), x)
+                (entered,) = self._enqueue(PreAttention(0, cohort.batch.cohort_id), x)
                 self._attend_on_host(cohort, entered)
 
     def _pass_alone(self, cohort: _Cohort, sweep: _Sweep) -> None:
@@ -357,7 +358,8 @@ class Dispatch:
         if cohort.point == self._num_layers:
             self._sample(sweep, [cohort], None)
             return
-        (entered,) = self._enqueue(Boundary(cohort.point), cohort.handle)
+        boundary = Boundary(cohort.point, cohort.batch.cohort_id)
+        (entered,) = self._enqueue(boundary, cohort.handle)
         cohort.num_extra_passes += 1
         self.stats.num_extra_passes += 1
         self._attend_on_host(cohort, entered)
@@ -379,7 +381,8 @@ class Dispatch:
         for cohort in cohorts:
             assert cohort.handle is not None
             batches.append(cohort.batch.head)
-            groups += self._enqueue(PostAttention(last_layer), cohort.handle)
+            leaving = PostAttention(last_layer, cohort.batch.cohort_id)
+            groups += self._enqueue(leaving, cohort.handle)
             del self._cohorts[cohort.batch.cohort_id]
         heads = self._enqueue(Head(tuple(batches)), *groups)
         if device:

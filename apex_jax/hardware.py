@@ -15,7 +15,7 @@ from jaxtyping import Int32
 
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
 
-# Device stages
+# Device stages; `cohort_id` names the cohort that a stage serves, alone or beside the device's rows
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class PreAttention:
     """Hidden states into a layer: norm, queries, keys and values."""
 
     layer: int
+    cohort_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class PostAttention:
     """Attended rows out of a layer, to hidden states."""
 
     layer: int
+    cohort_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Boundary:
     """Attended rows out of layer `layer` - 1 and into `layer`; one or two groups share it."""
 
     layer: int
+    cohort_id: int | None = None
 
 
 @dataclass(frozen=True)

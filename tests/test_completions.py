@@ -148,7 +148,8 @@ def test_a_failure_reaches_who_waits_for_it(completions):
 def test_spans_follow_one_another(completions, spans):
     before_sec = time.perf_counter()
     handles = [Handle(Stage()) for _ in range(3)]
-    for handle, stage in zip(handles, (Boundary(7), Layers(BATCH, 2), Head(())), strict=True):
+    stages = (Boundary(7, cohort_id=1), Layers(BATCH, 2), Head(()))
+    for handle, stage in zip(handles, stages, strict=True):
         completions.enqueued(handle, stage)
     enqueued_sec = time.perf_counter()
     for handle in handles:
@@ -157,7 +158,7 @@ def test_spans_follow_one_another(completions, spans):
     late.marker.end()
     completions.close()
     assert [(lane, name, args) for lane, name, _, _, args in spans] == [
-        ("device", "boundary", {"layer": 7}),
+        ("device", "boundary", {"layer": 7, "cohort": 1}),
         ("device", "layers", {"layer": 2}),
         ("device", "head", {}),
         ("device", "boundary", {"layer": 0}),

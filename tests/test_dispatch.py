@@ -202,7 +202,7 @@ def test_far_from_the_cohort_the_device_runs_whole_programs(merge_layer):
     play = Play(Merging(), host_rows=1)
     for _ in range(1 + merge_layer):
         stages, _ = play.sweep()
-    assert Boundary(merge_layer) in stages
+    assert Boundary(merge_layer, cohort_id=0) in stages
     assert Layers in names(stages)
     assert names(stages).count(DeviceAttention) < NUM_LAYERS
     play.check()

@@ -130,7 +130,8 @@ class Completions:
         self._running = None
         self._wake()
         layer = getattr(stage, "layer", getattr(stage, "first_layer", None))
-        args = {} if layer is None else {"layer": layer}
+        shown = {"layer": layer, "cohort": getattr(stage, "cohort_id", None)}
+        args = {name: value for name, value in shown.items() if value is not None}
         start_sec = max(enqueue_sec, previous_end_sec)
         self._on_span("device", name_of(stage), start_sec, end_sec, **args)
         return end_sec
