@@ -168,6 +168,7 @@ def test_reference_says_why_it_is_skipped(tmp_path):
     assert content["left_out"] == {"decode": "torch is not installed"}
 
 
+@pytest.mark.slow
 def test_strategies(tmp_path):
     """In a steady state that is much too short and small for figures that mean anything."""
     path = tmp_path / "strategies.json"
