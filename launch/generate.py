@@ -9,6 +9,7 @@ error lines); 2 refused, nothing was done; 3 stopped by a fault such as a full d
 signal's number when interrupted. After 3 and signals the same command goes on where it stopped.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -74,6 +75,7 @@ def create_engine(
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parse the command line; whatever is wrong with it is one line on stderr and status 2."""
+    atexit.register(_settle_stderr)
     try:
         rest = flags.FLAGS(list(argv))
         if len(rest) > 1:
@@ -121,6 +123,17 @@ def main(argv: Sequence[str], create: CreateEngine = create_engine) -> int:
             traceback.print_exc()
             print("error: the job stopped by a fault; what is written stays", file=sys.stderr)
         return EXIT_STOPPED
+
+
+def _settle_stderr() -> None:
+    """Drop what a lost reader of stderr will not get: Python would exit with 120 because of it."""
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stderr.fileno())
+        os.close(null)
 
 
 def _refuse(message: str) -> NoReturn:

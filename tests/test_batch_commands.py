@@ -45,7 +45,9 @@ class Command:
         ]
 
     def environment(self, **more: str) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+        # What a user's Python keeps in buffers is lost, or told of at its exit, in its own way.
+        inherited = {name: os.environ[name] for name in os.environ if name != "PYTHONUNBUFFERED"}
+        return {**inherited, "PYTHONPATH": str(ROOT), **more}
 
     def run(self, *extra: str, arguments: list[str] | None = None, **more: str):
         return subprocess.run(
