@@ -77,7 +77,6 @@ class DispatchStats:
     num_head_passes: int = 0
     num_late: int = 0  # the device met a cohort that had a whole sweep's time and was not ready
     num_host_jobs: int = 0
-    num_device_stages: int = 0
     num_moves: Counter[Direction] = field(default_factory=Counter)
 
 
@@ -488,7 +487,6 @@ class Dispatch:
 
     def _enqueue(self, stage: Stage, *operands: Handle) -> tuple[Handle, ...]:
         handles = self._backend.enqueue(stage, *operands)
-        self.stats.num_device_stages += 1
         self._last = handles[-1]
         self._queue.append(handles[-1])
         return handles
