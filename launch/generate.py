@@ -127,9 +127,10 @@ def main(argv: Sequence[str], create: CreateEngine = create_engine) -> int:
 
 def _settle_stderr() -> None:
     """Drop what a lost reader of stderr will not get: Python would exit with 120 because of it."""
+    if sys.stderr is None:
+        return
     try:
-        if sys.stderr is not None:
-            sys.stderr.flush()
+        sys.stderr.flush()
     except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stderr.fileno())
