@@ -3,7 +3,8 @@
 Owns the ranges of sampling parameters and the derived facts of a running sequence. Imports no jax.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -23,7 +24,8 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 is off. seed: any 64-bit integer; with the sample index and
     the position it alone determines the randomness. stop_token_ids end the output (and stay in
-    it), like the model's own EOS tokens unless ignore_eos.
+    it), like the model's own EOS tokens unless ignore_eos. stop: strings that end the output, whose
+    text ends before them, or behind them with include_stop_str_in_output.
     """
 
     max_tokens: int = 16
@@ -33,6 +35,8 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         for name, value, ok, right in (
@@ -41,6 +45,7 @@ class SamplingParams:
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 is off)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
+            ("stop", self.stop, all(self.stop), "strings that are not empty"),
         ):
             if not ok:
                 raise RequestError(f"{name} is {value}; it must be {right}")
@@ -48,11 +53,16 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to continue it."""
+    """One prompt and how to continue it.
+
+    is_last: asked with each output token, once and in order, unless that is a stop token; True
+    ends the output with it. It watches for sampling.stop: the engine knows no text.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    is_last: Callable[[int], bool] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,11 @@ def fake_tokens(request: Request) -> tuple[int, ...]:
     """What the request yields, whenever and wherever it runs."""
     what = {"prompt": request.prompt_token_ids, "sampling": asdict(request.sampling)}
     digest = hashlib.sha256(canonical_json(what)).digest()
-    return tuple(digest[i % 32] for i in range(1 + digest[0] % request.sampling.max_tokens))
+    tokens = tuple(digest[i % 32] for i in range(1 + digest[0] % request.sampling.max_tokens))
+    if request.is_last is not None:
+        num_tokens = next((i for i, one in enumerate(tokens, 1) if request.is_last(one)), None)
+        tokens = tokens[:num_tokens]
+    return tokens
 
 
 class FakeEngine:

@@ -61,11 +61,13 @@ def test_both_formats_say_the_same():
         "seed": 9,
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
+        "stop": ["x", "yy"],
+        "include_stop_str_in_output": True,
     }
     one, two = parse(plain(**fields)), parse(openai(**fields))
     assert one == two
     assert isinstance(one, BatchRequest)
-    assert one.sampling == SamplingParams(3, 0.0, 5, 0.5, 9, (1, 2), True)
+    assert one.sampling == SamplingParams(3, 0.0, 5, 0.5, 9, (1, 2), True, ("x", "yy"), True)
     assert set(fields) == set(SAMPLING_FIELDS)
 
 
@@ -76,6 +78,14 @@ def test_defaults_and_nulls():
     assert parse(nulls, defaults) == one
     seed = derive_seed(1, "a")
     assert one.sampling == SamplingParams(7, 0.25, 3, 0.5, seed)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [("x", ("x",)), (["x"], ("x",)), ([], ()), (list("abcde"), tuple("abcde"))],
+)
+def test_stop_forms(stop, expected):
+    assert parse(plain(stop=stop)).sampling.stop == expected
 
 
 def test_seeds_differ_between_requests_and_jobs_only():
@@ -156,11 +166,12 @@ def test_prompt_forms(prompt, expected):
         ({"n": True}, "n is true, which this version does not do"),
         ({"best_of": 3}, "best_of is 3, which this version does not do"),
         ({"stream": True}, "stream is true, which this version does not do"),
-        (
-            {"stop": ["\n"]},
-            "stop is an array of 1, which this version does not do: use stop_token_",
-        ),
-        ({"stop": "x"}, "stop is 'x', which this version does not do"),
+        ({"stop": 3}, "stop is 3; it must be a string or an array of strings"),
+        ({"stop": ""}, "stop is empty"),
+        ({"stop": ["x", ""]}, "stop[1] is empty"),
+        ({"stop": ["x", None]}, "stop[1] is null; it must be a string"),
+        ({"stop": "a\ud800"}, "stop has half a surrogate pair at character 1"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output is 1; it must be true or"),
         ({"logprobs": 0}, "logprobs is 0, which this version does not do"),
         ({"echo": True}, "echo is true"),
         ({"suffix": "x"}, "suffix is 'x'"),

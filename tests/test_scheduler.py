@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paper_backend import VOCAB_SIZE, Pace, expected_output
-from paper_loop import EOS, Loop, check, make_request
+from paper_loop import EOS, Loop, check, make_request, make_watched_request
 
 from apex_jax.request import FinishReason, RequestError, SamplingParams
 
@@ -116,6 +116,40 @@ def test_a_small_pool_preempts_the_newest_and_recomputes_it():
     assert loop.outputs["0"].num_preemptions == 0, "the oldest is never pre-empted"
     for output in loop.outputs.values():
         check(output)
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(1, 24), st.booleans()), min_size=4, max_size=8),
+    st.sampled_from(Pace),
+)
+def test_an_output_ends_where_its_watcher_says(drawn, pace):
+    loop = Loop(num_pages=8, max_requests=4, pace=pace)
+    for index, (num_tokens, ignore_eos) in enumerate(drawn):
+        loop.submit(
+            make_watched_request(str(index), [index + 5] * 8, 23, num_tokens, ignore_eos=ignore_eos)
+        )
+    loop.run()
+    assert len(loop.outputs) == len(drawn)
+    for output in loop.outputs.values():
+        check(output)
+
+
+def test_a_preempted_output_ends_where_its_watcher_says():
+    loop = Loop(num_pages=8, max_requests=4)
+    for index in range(4):
+        loop.submit(make_watched_request(str(index), [index + 5] * 8, 24, 20, ignore_eos=True))
+    loop.run()
+    assert loop.scheduler.stats.num_preemptions > 0
+    for output in loop.outputs.values():
+        assert len(output.token_ids) == 20
+        check(output)
+
+
+def test_stop_strings_need_a_watcher():
+    loop = Loop(num_pages=8, max_requests=4)
+    with pytest.raises(RequestError, match="stop is given, and the request has no is_last"):
+        loop.submit(make_request("0", [5], 4, stop=("x",)))
 
 
 def test_requests_finish_first_come_first_served():

@@ -16,26 +16,26 @@ from apex_jax.batch.journal import OutputError, replacing
 from apex_jax.batch.lines import canonical_json
 from apex_jax.batch.protocol import BatchModel
 from apex_jax.config import Config
-from apex_jax.text import Tokenizer
+from apex_jax.text.model_text import ModelText
 
-FORMAT = 1  # of output lines; another one does not resume
+FORMAT = 2  # of output lines; another one does not resume
 
 Identity = Mapping[str, Any]
 
 
-def known_before_loading(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def known_before_loading(config: Config, text: ModelText) -> dict[str, Any]:
     """Return the part of the identity that needs no model: a mismatch in it costs no loading."""
     return {
         "format": FORMAT,
         "defaults": asdict(config.sampling),
-        "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
+        "tokenizer_sha256": None if text.tokenizer is None else text.tokenizer.sha256,
     }
 
 
-def identify(config: Config, tokenizer: Tokenizer | None, model: BatchModel) -> dict[str, Any]:
+def identify(config: Config, text: ModelText, model: BatchModel) -> dict[str, Any]:
     """Return the whole identity. The model's name is not in it: a moved folder is the same job."""
     return {
-        **known_before_loading(config, tokenizer),
+        **known_before_loading(config, text),
         "model": {
             "fingerprint": model.fingerprint,
             "dtype": model.dtype,

@@ -18,6 +18,7 @@ from apex_jax.batch.fields import (
     read_int,
     read_number,
     read_prompt,
+    read_stop,
     read_text,
     read_token_ids,
     refuse_unknown,
@@ -213,8 +214,10 @@ def _parse_request(
                 values[name] = read_number(name, value)
             case "stop_token_ids":
                 values[name] = read_token_ids(name, value)
-            case "ignore_eos":
+            case "ignore_eos" | "include_stop_str_in_output":
                 values[name] = read_bool(name, value)
+            case "stop":
+                values[name] = read_stop(name, value)
             case _:
                 raise AssertionError(f"SamplingParams.{name} has no reader")
     if "seed" not in values:
