@@ -155,6 +155,55 @@ def test_stop_strings_need_a_tokenizer(job):
     )
 
 
+def write_template(folder, template):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": template, "bos_token": "<bos>"}))
+
+
+def test_chat_line(job):
+    write_byte_tokenizer(job.folder)
+    write_template(job.folder, "{{ bos_token }}{{ messages[0].content }}:")
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    write_lines(job.input, [{"custom_id": "a", "url": "/v1/chat/completions", "body": body}])
+    assert job.run() == 0
+    (line,) = read_output(job.output)
+    body = line["response"]["body"]
+    (choice,) = body["choices"]
+    assert body["id"].startswith("chatcmpl-")
+    assert body["object"] == "chat.completion"
+    assert set(choice["message"]) == {"role", "content"}
+    assert choice["message"]["role"] == "assistant"
+    assert isinstance(choice["message"]["content"], str)
+    assert "text" not in choice
+    assert body["usage"]["prompt_tokens"] == 4  # <bos>, h, i, :
+
+    write_template(job.folder, "other")
+    assert job.run() == 2
+    assert "belongs to another job: chat_template_sha256 was" in job.said
+
+
+def test_a_resumed_job_tells_chats_the_time_of_its_first_start(job):
+    write_byte_tokenizer(job.folder)
+    write_template(job.folder, "{{ strftime_now('%f') }}")
+    prompts = []
+
+    class Listening(FakeEngine):
+        def submit(self, request):
+            prompts.append(request.prompt_token_ids)
+            super().submit(request)
+
+    line = {"custom_id": "a", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    write_lines(job.input, [line])
+    assert job.run(engine=Listening) == 0
+    whole = job.output.read_bytes()
+    write_lines(job.input, [line, {**line, "custom_id": "b"}])
+    assert job.run(engine=Listening) == 0
+    assert job.output.read_bytes().startswith(whole)
+    assert prompts[0] == prompts[1]
+    assert job.run(engine=Listening, overwrite=True) == 0
+    assert prompts[2] == prompts[3] != prompts[1]
+
+
 def test_every_line_is_answered_once_and_bad_ones_say_why(job):
     write_input(job, 30, BAD_LINES)
     assert job.run() == 1

@@ -56,7 +56,9 @@ BODY_FIELDS = (
 _REMEDIES: Mapping[str, str] = {
     "n": "repeat the line under other custom_ids",
     "best_of": "repeat the line under other custom_ids",
-    "messages": "/v1/chat/completions is not served by this version: give prompt",
+    "messages": "/v1/chat/completions takes it",
+    "prompt": "/v1/chat/completions takes messages",
+    "prompt_token_ids": "/v1/chat/completions takes messages",
     "max_completion_tokens": "/v1/completions calls it max_tokens",
 }
 
@@ -99,14 +101,23 @@ def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> N
         raise RequestError(f"{where} has an unknown field {show(name)}: {remedy}")
 
 
-def refuse_unserved(body: Mapping[str, Any]) -> None:
-    """Raise RequestError for a field that asks for what this version does not do."""
-    for name, neutral in NEUTRAL_VALUES.items():
+def refuse_unserved(
+    body: Mapping[str, Any],
+    neutral_values: Mapping[str, tuple[object, ...]] = NEUTRAL_VALUES,
+    where: str = "",
+) -> None:
+    """Raise RequestError for a field that asks for what this version does not do.
+
+    where: what stands before a field's name in the message.
+    """
+    for name, neutral in neutral_values.items():
         value = body.get(name)
         if value is None or any(value == one and _same_kind(value, one) for one in neutral):
             continue
         remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
-        raise RequestError(f"{name} is {show(value)}, which this version does not do{remedy}")
+        raise RequestError(
+            f"{where}{name} is {show(value)}, which this version does not do{remedy}"
+        )
 
 
 def _same_kind(value: object, other: object) -> bool:

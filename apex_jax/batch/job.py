@@ -18,6 +18,7 @@ from typing import Any
 
 from apex_jax.batch.id_index import IdIndex
 from apex_jax.batch.identity import (
+    chat_time,
     hash_identity,
     identify,
     known_before_loading,
@@ -108,7 +109,7 @@ class _Job:
             source = stack.enter_context(_open_input(options.input))
             journal = Journal(options.output)
             stack.callback(journal.close)
-            text = self._load_text()
+            text = self._load_text(journal)
             known = known_before_loading(self._config, text)
             jobs = self._read_output(journal, known)
             trace = self._open_trace(stack)
@@ -189,13 +190,13 @@ class _Job:
         stack.callback(trace.close)
         return trace
 
-    def _load_text(self) -> ModelText:
+    def _load_text(self, journal: Journal) -> ModelText:
         path = self._config.model.path
         folder = None if path is None else Path(path).expanduser()
         # Said before the folder is compared with an existing output's, which would hide a typo.
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"--config.model.path is {path!r}; there is no such folder")
-        return load_text(folder)
+        return load_text(folder, None if self._options.overwrite else chat_time(journal.path))
 
     def _read_output(self, journal: Journal, known: Mapping[str, Any]) -> set[str]:
         """Learn what is finished; refuse what the input alone shows. Returns the job hashes."""

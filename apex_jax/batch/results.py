@@ -14,6 +14,7 @@ from apex_jax.batch.flow import Finished
 from apex_jax.batch.id_index import id_key, line_key
 from apex_jax.batch.lines import BadLine, BatchRequest
 from apex_jax.request import FinishReason
+from apex_jax.text.chat import Chat
 
 DUPLICATE = "duplicate_custom_id"
 # Every output line begins so; a torn last line that does not is no line of ours.
@@ -70,15 +71,21 @@ def encode_result(
     output = finished.output
     name = hashlib.sha256(f"{request.custom_id}:{request.sha256}".encode()).hexdigest()[:24]
     num_prompt, num_output = len(output.request.prompt_token_ids), len(output.token_ids)
+    if isinstance(request.prompt, Chat):
+        kind, prefix = "chat.completion", "chatcmpl"
+        answer = {"message": {"role": "assistant", "content": finished.text}}
+    else:
+        kind, prefix = "text_completion", "cmpl"
+        answer = {"text": finished.text}
     body = {
-        "id": f"cmpl-{name}",
-        "object": "text_completion",
+        "id": f"{prefix}-{name}",
+        "object": kind,
         "created": int(created_sec),
         "model": model_name,
         "choices": [
             {
                 "index": 0,
-                "text": finished.text,
+                **answer,
                 "token_ids": list(output.token_ids),
                 "logprobs": None,
                 "finish_reason": FinishReason(output.finish_reason).value,
