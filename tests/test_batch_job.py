@@ -151,7 +151,8 @@ def test_stop_strings_need_a_tokenizer(job):
     assert job.run() == 1
     (line,) = read_output(job.output)
     assert line["error"]["message"] == (
-        f"stop is text, and there is no {job.folder}/tokenizer.json: give stop_token_ids"
+        f"stop is text, and there is no {job.folder}/tokenizer.json or tokenizer.model: give "
+        "stop_token_ids"
     )
 
 
@@ -218,7 +219,8 @@ def test_every_line_is_answered_once_and_bad_ones_say_why(job):
         33: "line 33: custom_id is missing: it is what finds the result, and what resumes",
         34: "516 tokens, and the limit is 200",
         35: "line 35: custom_id is that of line 4 already; every line needs its own",
-        36: f"prompt is text, and there is no {job.folder}/tokenizer.json: give prompt_token_ids",
+        36: f"prompt is text, and there is no {job.folder}/tokenizer.json or tokenizer.model: give "
+        "prompt_token_ids",
     }
     assert [errors[line]["custom_id"] for line in (31, 32, 33, 34, 35)] == [
         None,

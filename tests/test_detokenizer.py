@@ -5,12 +5,13 @@ import pathlib
 import tempfile
 
 import pytest
-from batch_files import write_byte_tokenizer, write_sentence_tokenizer
+from batch_files import write_byte_tokenizer, write_sentence_piece, write_sentence_tokenizer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from apex_jax.text.detokenizer import MAX_WAITING, Detokenizer, decode_output
 from apex_jax.text.output_text import OutputText
+from apex_jax.text.sentence_piece import SentencePieceTokenizer
 from apex_jax.text.tokenizer import JsonTokenizer
 
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "configs/demo_model"
@@ -18,15 +19,19 @@ DEMO_MODEL = pathlib.Path(__file__).parents[1] / "configs/demo_model"
 
 @functools.cache
 def load(kind):
-    """`byte`: a token a byte; `sentence`: as Llama 2's, bytes as a fallback; `demo`: trained."""
+    """`byte`: a token a byte; `sentence`: as Llama 2's, bytes as a fallback; `demo`: trained;
+    `model`: a sentencepiece model, trained too.
+    """
     if kind == "demo":
         return JsonTokenizer(DEMO_MODEL / "tokenizer.json")
     with tempfile.TemporaryDirectory() as folder:
+        if kind == "model":
+            return SentencePieceTokenizer(write_sentence_piece(pathlib.Path(folder)))
         write = write_byte_tokenizer if kind == "byte" else write_sentence_tokenizer
         return JsonTokenizer(write(pathlib.Path(folder)))
 
 
-KINDS = pytest.mark.parametrize("kind", ["byte", "sentence", "demo"])
+KINDS = pytest.mark.parametrize("kind", ["byte", "sentence", "demo", "model"])
 # Halves of surrogate pairs are no text; U+FFFD is what decoders write for what is no character.
 CHARACTERS = st.characters(exclude_categories=("Cs",), exclude_characters="\ufffd")
 TEXTS = st.text(CHARACTERS, max_size=30) | st.text("ab \n\u20ac\U0001f600e\u0301", max_size=30)
@@ -203,7 +208,7 @@ def watch(kind, text, stop, *, include=False):
     return watched.end(), watched.stop_string, count, output
 
 
-@pytest.mark.parametrize("kind", ["byte", "demo"])
+@pytest.mark.parametrize("kind", ["byte", "demo", "model"])
 @given(st.text("ab\u20ac\U0001f600", max_size=40), st.data())
 def test_the_text_ends_at_the_stop_string_that_is_complete_first(kind, text, data):
     stops = st.text("ab\u20ac\U0001f600", min_size=1, max_size=4)

@@ -7,8 +7,8 @@ from batch_files import write_byte_tokenizer
 
 from apex_jax.config import ConfigError
 from apex_jax.request import RequestError
-from apex_jax.text.model_text import ModelText
-from apex_jax.text.tokenizer import JsonTokenizer, load_tokenizer
+from apex_jax.text.model_text import ModelText, load_tokenizer
+from apex_jax.text.tokenizer import JsonTokenizer
 
 
 @pytest.fixture

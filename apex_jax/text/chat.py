@@ -21,7 +21,7 @@ import jinja2.sandbox
 
 from apex_jax.config import ConfigError
 from apex_jax.request import RequestError
-from apex_jax.text.tokenizer import read_file
+from apex_jax.text.tokenizer import read_file, read_json
 
 # What templates may write; the names are those of tokenizer_config.json.
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
@@ -99,8 +99,8 @@ def load_chat_template(folder: Path, now: datetime.datetime) -> ChatTemplate | N
     Raises ConfigError for a file that is corrupt.
     """
     settings_path = folder / "tokenizer_config.json"
-    settings = _read_json(settings_path)
-    special_tokens = _special_tokens(settings, _read_json(folder / "special_tokens_map.json"))
+    settings = read_json(settings_path)
+    special_tokens = _special_tokens(settings, read_json(folder / "special_tokens_map.json"))
     # The newest form first: a folder that was saved again may still have the older ones.
     path = folder / "chat_template.jinja"
     if path.exists():
@@ -109,7 +109,7 @@ def load_chat_template(folder: Path, now: datetime.datetime) -> ChatTemplate | N
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path} is not UTF-8: {error.reason}") from None
     for path in (settings_path, folder / "chat_template.json"):
-        source = _read_json(path).get("chat_template")
+        source = read_json(path).get("chat_template")
         if isinstance(source, list):
             named = cast(list[dict[str, str]], source)
             source = next((one["template"] for one in named if one["name"] == "default"), None)
@@ -178,16 +178,3 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
             if isinstance(text, str):
                 found.setdefault(name, text)
     return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file; nothing where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        item = json.loads(read_file(path))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(item, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    return cast(dict[str, Any], item)

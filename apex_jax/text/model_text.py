@@ -10,7 +10,8 @@ from pathlib import Path
 from apex_jax.request import RequestError, SamplingParams
 from apex_jax.text.chat import Chat, ChatTemplate, load_chat_template
 from apex_jax.text.output_text import OutputText
-from apex_jax.text.tokenizer import Tokenizer, load_tokenizer
+from apex_jax.text.sentence_piece import SentencePieceTokenizer
+from apex_jax.text.tokenizer import JsonTokenizer, Tokenizer
 
 Prompt = str | tuple[int, ...] | Chat
 
@@ -60,8 +61,20 @@ class ModelText:
     def _need_tokenizer(self, why: str, remedy: str) -> Tokenizer:
         if self.tokenizer is None:
             path = (self.folder or Path()) / "tokenizer.json"
-            raise RequestError(f"{why}, and there is no {path}: {remedy}")
+            raise RequestError(f"{why}, and there is no {path} or tokenizer.model: {remedy}")
         return self.tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """Load the tokenizer of a model's folder; None where it has none.
+
+    Raises ConfigError for a file that is corrupt.
+    """
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return JsonTokenizer(path)
+    path = folder / "tokenizer.model"
+    return SentencePieceTokenizer(path) if path.exists() else None
 
 
 def load_text(folder: Path | None, now: datetime.datetime | None = None) -> ModelText:

@@ -6,9 +6,11 @@ detokenizer's business. Token-id prompts need none of this.
 """
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import tokenizers
 
@@ -100,18 +102,25 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
-    """Load `folder`/tokenizer.json; None where there is none. Raises ConfigError if corrupt."""
-    path = folder / "tokenizer.json"
-    return JsonTokenizer(path) if path.exists() else None
-
-
 def read_file(path: Path) -> bytes:
     """Return the bytes of a file; ConfigError names it and says why they cannot be had."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is no file. Raises ConfigError."""
+    if not path.exists():
+        return {}
+    try:
+        item = json.loads(read_file(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(item, dict):
+        raise ConfigError(f"{path} holds no JSON object")
+    return cast(dict[str, Any], item)
 
 
 def _end_of(vocabulary: Mapping[str, int]) -> int:
