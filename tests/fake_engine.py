@@ -96,6 +96,11 @@ class FakeEngine:
         self.waiting.append(request)
         self.most_waiting = max(self.most_waiting, len(self.waiting))
 
+    def cancel(self, request_id: str) -> bool:
+        self.waiting = [one for one in self.waiting if one.request_id != request_id]
+        self.running.pop(request_id, None)
+        return True
+
     def step(self) -> list[RequestOutput]:
         start_sec = time.perf_counter()
         time.sleep(self.step_sec)

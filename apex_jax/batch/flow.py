@@ -66,6 +66,12 @@ class RequestFlow(Generic[Tag]):
         """Run one sweep; return what is finished."""
         return [self._finish(output) for output in self._engine.step()]
 
+    def cancel_all(self) -> None:
+        """Drop what is under way, without results."""
+        for request_id in self._in_flight:
+            self._engine.cancel(request_id)
+        self._in_flight.clear()
+
     def _finish(self, output: RequestOutput) -> Finished[Tag]:
         flight = self._in_flight.pop(output.request.request_id)
         sampling, watched = output.request.sampling, flight.watched
