@@ -11,7 +11,7 @@ from enum import Enum, auto
 from typing import Protocol, runtime_checkable
 
 from apex_jax.config import SchedulerConfig
-from apex_jax.cost_model import StageTimes
+from apex_jax.cost_model import Times
 
 
 class Action(Enum):
@@ -175,7 +175,7 @@ class AsymmetricPipelining:
     pipelined if that yields more tokens per predicted second.
     """
 
-    times: StageTimes
+    times: Times
     max_cohorts: int = 2
     uses_device_lane: bool = True
     passes: int | None = None
@@ -209,7 +209,7 @@ class AsymmetricPipelining:
         if not members[ALONE]:
             return {}
         times, num_device = self.times, load.num_rows + load.num_prompt_tokens
-        attention_sec = times.device_attention(load.num_tokens)
+        attention_sec = times.device_attention(load.num_rows, load.num_tokens)
         sequential_rate = load.num_rows / (times.linear(num_device) + attention_sec)
         pipelined_sec = (
             times.linear(num_device + len(members[WITH_DEVICE]))
@@ -234,7 +234,7 @@ class AsymmetricPipelining:
         return {
             ALONE: times.linear(num_device + len(members[WITH_DEVICE])) - host_sec[ALONE],
             WITH_DEVICE: times.linear(len(members[ALONE]))
-            + times.device_attention(load.num_tokens)
+            + times.device_attention(load.num_rows, load.num_tokens)
             - host_sec[WITH_DEVICE],
         }
 
@@ -281,7 +281,7 @@ def cohort_rows(config: SchedulerConfig) -> int:
     return -(-config.max_host_requests // num_cohorts)
 
 
-def make_policy(config: SchedulerConfig, measure: Callable[[], StageTimes]) -> Policy:
+def make_policy(config: SchedulerConfig, measure: Callable[[], Times]) -> Policy:
     """Return the policy of a strategy; `measure` is called where it predicts."""
     match config.strategy:
         case "device_only":
