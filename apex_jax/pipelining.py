@@ -6,7 +6,7 @@ Owns that rule; the stage times that it predicts by are its argument. Imports no
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from apex_jax.cost_model import StageTimes
+from apex_jax.cost_model import Times
 from apex_jax.policies import Action, CohortView, Fixed, Load, split_evenly
 
 ALONE, WITH_DEVICE = 0, 1  # the two cohorts
@@ -23,7 +23,7 @@ class AsymmetricPipelining(Fixed):
     pipelined if that yields more tokens per predicted second.
     """
 
-    times: StageTimes
+    times: Times
     max_cohorts: int = 2
     uses_device_lane: bool = True
     passes: int | None = None
@@ -38,7 +38,7 @@ class AsymmetricPipelining(Fixed):
         if not members[ALONE]:
             return {}
         times, num_device = self.times, load.num_rows + load.num_prompt_tokens
-        attention_sec = times.device_attention(load.num_tokens)
+        attention_sec = times.device_attention(load.num_rows, load.num_tokens)
         sequential_rate = load.num_rows / (times.linear(num_device) + attention_sec)
         pipelined_sec = (
             times.linear(num_device + len(members[WITH_DEVICE]))
@@ -82,7 +82,7 @@ class AsymmetricPipelining(Fixed):
             ALONE: times.linear(num_device + num_with_device)
             - times.host_attention(num_alone, num_tokens[ALONE]),
             WITH_DEVICE: times.linear(num_alone)
-            + times.device_attention(load.num_tokens)
+            + times.device_attention(load.num_rows, load.num_tokens)
             - times.host_attention(num_with_device, num_tokens[WITH_DEVICE]),
         }
 

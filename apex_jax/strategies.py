@@ -6,7 +6,7 @@ Owns what SchedulerConfig's fields mean to a policy. Called by the engine. Impor
 from collections.abc import Callable
 
 from apex_jax.config import SchedulerConfig
-from apex_jax.cost_model import StageTimes
+from apex_jax.cost_model import Times
 from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.policies import DeviceOnly, Merging, Policy
 
@@ -23,7 +23,7 @@ def cohort_rows(config: SchedulerConfig) -> int:
     return -(-config.max_host_requests // num_cohorts)
 
 
-def make_policy(config: SchedulerConfig, measure: Callable[[], StageTimes]) -> Policy:
+def make_policy(config: SchedulerConfig, measure: Callable[[], Times]) -> Policy:
     """Return the policy of a strategy; `measure` is called where it predicts."""
     match config.strategy:
         case "device_only":

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from apex_jax.cost_model import StageTimes
+from apex_jax.cost_model import PromptWork, Times
 from apex_jax.hardware import (
     Boundary,
     DeviceAttention,
@@ -39,13 +39,11 @@ from apex_jax.plan import DecodeBatch, PrefillBatch
 class Work(NamedTuple):
     """What the times of a group of rows rest on.
 
-    rows: of linear work, a prompt's padding included. tokens: of KV that attention reads. pairs:
-    of prompt tokens and tokens that they attend to.
+    rows: of a prompt its tokens, padding included. tokens: of KV that attention reads.
     """
 
     rows: int = 0
     tokens: int = 0
-    pairs: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -71,7 +69,7 @@ class SimulatedBackend:
 
     def __init__(
         self,
-        times: StageTimes,
+        times: Times,
         *,
         layers_per_program: int,
         page_size: int,
@@ -94,7 +92,7 @@ class SimulatedBackend:
         start_sec = max(
             self._now_sec, self._device_free_sec, *(group.ready_sec for group in groups)
         )
-        end_sec = start_sec + self._noisy(self._times.stage_sec + seconds)
+        end_sec = start_sec + self._noisy(seconds)
         self._device_free_sec = end_sec
         self._report("device", name_of(stage), start_sec, end_sec)
         if isinstance(stage, Head):
@@ -145,28 +143,28 @@ class SimulatedBackend:
         num_rows = sum(work.rows for work in works)
         match stage:
             case Embed():
-                return [_work(stage.batch)], 0.0
+                work = _work(stage.batch)
+                return [work], times.embed(work.rows)
             case Boundary():
-                return works, times.linear(num_rows)
+                return works, times.linear(*(work.rows for work in works))
             case DeviceAttention():
-                return works, self._attention(works)
+                return works, times.device_attention(num_rows, works[0].tokens)
+            case Layers(batch=PrefillBatch() as batch):
+                return works, times.prefill(self._span, PromptWork.of(batch))
             case Layers():
-                return works, self._span * (times.linear(num_rows) + self._attention(works))
+                return works, times.layers(self._span, num_rows, works[0].tokens)
             case PreAttention():
-                return works, times.pre_share * times.linear(num_rows)
+                return works, times.pre_attention(num_rows)
             case PostAttention():
-                return works, (1 - times.pre_share) * times.linear(num_rows)
+                return works, times.post_attention(num_rows)
             case StagedLayer():
-                return works, times.linear(num_rows) + self._attention(works)
+                return works, times.staged_layer(PromptWork.of(stage.batch))
             case Head():
-                return [], times.head_sec
+                num_sampled = sum(len(batch.rows_b) for batch in stage.batches)
+                is_greedy = all(batch.is_greedy for batch in stage.batches)
+                return [], times.head(num_sampled, is_greedy=is_greedy)
             case Export() | Import():
-                # A copy within the device's memory: KV is read, and written.
-                num_tokens = len(stage.pages_i) * self._page_size
-                return [Work()], 2 * times.device_attention_sec_per_token * num_tokens
-
-    def _attention(self, works: list[Work]) -> float:
-        return sum(self._times.device_attention(work.tokens, work.pairs) for work in works)
+                return [Work()], times.device_copy(len(stage.pages_i) * self._page_size)
 
     def _noisy(self, seconds: float) -> float:
         return seconds * self._random.lognormvariate(0.0, self._noise) if self._noise else seconds
@@ -180,10 +178,8 @@ def _work(batch: DecodeBatch | PrefillBatch) -> Work:
     if isinstance(batch, DecodeBatch):
         num_rows = len(batch.positions_b)
         return Work(num_rows, int(batch.positions_b.sum()) + num_rows)
-    # Token i of a chunk attends to all before the chunk and to i + 1 of its own.
-    lengths_b, starts_b = batch.lengths_b.astype(np.int64), batch.starts_b.astype(np.int64)
-    pairs_b = lengths_b * starts_b + lengths_b * (lengths_b + 1) // 2
-    return Work(batch.token_ids_bt.size, int((starts_b + lengths_b).sum()), int(pairs_b.sum()))
+    prompts = PromptWork.of(batch)
+    return Work(prompts.num_rows * prompts.num_tokens, prompts.num_kv_tokens)
 
 
 def _simulated(handle: Handle) -> SimulatedHandle:
