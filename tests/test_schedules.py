@@ -12,7 +12,8 @@ from simulated_loop import SimulatedLoop, measure
 
 from apex_jax.config import LlamaConfig
 from apex_jax.cost_model import Hardware, StageTimes
-from apex_jax.policies import AsymmetricPipelining, DeviceOnly, Merging
+from apex_jax.pipelining import AsymmetricPipelining
+from apex_jax.policies import DeviceOnly, Merging
 
 pytestmark = pytest.mark.usefixtures("without_annotations_checked")
 
