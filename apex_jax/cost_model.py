@@ -121,7 +121,8 @@ class Hardware:
     device_bytes_per_sec, host_bytes_per_sec: of reading weights or KV. device_flops_per_sec: of
     matrix products. link_bytes_per_sec: either way. link_sec: latency of a transfer, and of
     whoever waits for it. stage_sec, host_job_sec: overhead of a device stage and of a host job.
-    dispatch_sec: Python's time for either.
+    dispatch_sec: Python's time for either. device_attention_bytes_per_sec: of reading KV on the
+    device, None where that is as fast as reading weights.
     """
 
     device_bytes_per_sec: float
@@ -132,6 +133,7 @@ class Hardware:
     stage_sec: float = 0.0
     host_job_sec: float = 0.0
     dispatch_sec: float = 0.0
+    device_attention_bytes_per_sec: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,13 @@ class StageTimes:
         post = model.d_model * queries + 3 * model.d_model * model.d_ffn
         output = model.vocab_size * model.d_model
         token_bytes = 2 * keys * itemsize
-        device_token_sec = token_bytes / hardware.device_bytes_per_sec
+        kv_bytes_per_sec = hardware.device_attention_bytes_per_sec or hardware.device_bytes_per_sec
         return cls(
             num_layers=model.num_layers,
             linear_sec=(pre + post) * itemsize / hardware.device_bytes_per_sec,
             linear_sec_per_row=2 * (pre + post) / hardware.device_flops_per_sec,
             pre_share=pre / (pre + post),
-            device_attention_sec_per_token=device_token_sec,
+            device_attention_sec_per_token=token_bytes / kv_bytes_per_sec,
             prefill_attention_sec_per_pair=4 * queries / hardware.device_flops_per_sec,
             host_attention_sec_per_token=token_bytes / hardware.host_bytes_per_sec,
             host_job_sec=hardware.host_job_sec,
