@@ -60,7 +60,8 @@ class RawLine:
 class BatchRequest:
     """A line that asks for something: everything resolved but the tokens of text.
 
-    sha256 covers the prompt and every sampling parameter, given or default, in hex.
+    sha256 covers the prompt and every sampling parameter, given or default, in hex. model: the one
+    that the line names, which is not looked for: the job has one model.
     """
 
     custom_id: str
@@ -68,6 +69,7 @@ class BatchRequest:
     prompt: Prompt
     sampling: SamplingParams
     sha256: str
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -249,4 +251,5 @@ def _parse_request(
     if "seed" not in values:
         values["seed"] = derive_seed(defaults.seed, custom_id)
     sampling = SamplingParams(**values)
-    return BatchRequest(custom_id, line, prompt, sampling, hash_request(prompt, sampling))
+    model = None if body.get("model") is None else read_text("model", body["model"])
+    return BatchRequest(custom_id, line, prompt, sampling, hash_request(prompt, sampling), model)

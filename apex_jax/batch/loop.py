@@ -77,6 +77,7 @@ class JobLoop:
             ReorderBuffer(max(MIN_REORDER, REORDER_FACTOR * num_running)) if ordered else None
         )
         self._at_end = False
+        self._has_named_model = False
         self._started_sec = time.monotonic()
 
     @property
@@ -140,11 +141,26 @@ class JobLoop:
         if isinstance(entry, BadLine):
             self._fail(ticket, encode_bad_line(entry, self._job_sha256), raw)
             return
+        self._compare_model(entry)
         asked = _Asked(entry, ticket, raw.num_bytes)
         try:
             self._flow.submit(entry.custom_id, entry.prompt, entry.sampling, asked)
         except RequestError as error:
             self._fail(ticket, encode_failed_request(entry, str(error), self._job_sha256), raw)
+
+    def _compare_model(self, entry: BatchRequest) -> None:
+        """Say once where lines name another model than the one that runs.
+
+        No error: files are written for a served name, which no folder of weights knows.
+        """
+        own = self._engine.model.name
+        if entry.model is None or self._has_named_model or entry.model.split("/")[-1] == own:
+            return
+        self._has_named_model = True
+        self._progress.message(
+            f"note: line {entry.line} names the model {entry.model[:100]!r}; every line runs with "
+            f"{own}"
+        )
 
     def _deliver(self, finished: Finished[_Asked]) -> None:
         """Write the line of a finished request."""
