@@ -3,9 +3,10 @@
 Owns the ranges of sampling parameters and the derived facts of a running sequence. Imports no jax.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import cast
 
 
 class RequestError(ValueError):
@@ -45,10 +46,18 @@ class SamplingParams:
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 is off)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
-            ("stop", self.stop, all(self.stop), "strings that are not empty"),
+            ("stop", self.stop, _are_texts(self.stop), "a tuple of strings that are not empty"),
         ):
             if not ok:
                 raise RequestError(f"{name} is {value}; it must be {right}")
+
+
+def _are_texts(value: object) -> bool:
+    """Whether a value is a list of texts; one text alone would be taken for its characters."""
+    if not isinstance(value, tuple | list):
+        return False
+    items = cast(Sequence[object], value)
+    return all(isinstance(one, str) and one for one in items)
 
 
 @dataclass(frozen=True)

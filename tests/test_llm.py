@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import pickle
 import subprocess
 import sys
 
@@ -101,6 +102,11 @@ def test_a_batch_job_and_an_llm_say_the_same(llm, folder):
         assert choice["token_ids"] == list(output.token_ids)
         assert choice["finish_reason"] == output.finish_reason
         assert choice["stop_reason"] == output.stop_reason
+
+
+def test_results_can_be_pickled(llm):
+    results = llm.generate(["x"] * 3, SamplingParams(stop=("a",)))
+    assert pickle.loads(pickle.dumps(results)) == results
 
 
 def test_defaults_come_from_the_settings(engines, folder):

@@ -253,11 +253,19 @@ def test_a_request_that_fills_the_whole_pool_runs():
         ("top_k", -1, "top_k is -1; it must be at least 0"),
         ("top_p", 0.0, "top_p is 0.0; it must be above 0 and at most 1"),
         ("seed", 2**64, "it must be a 64-bit integer"),
+        ("stop", ("x", ""), "it must be a tuple of strings that are not empty"),
     ],
 )
 def test_sampling_parameters_are_held_to_their_ranges(name, value, message):
     with pytest.raises(RequestError, match=message):
         SamplingParams(**{name: value})
+
+
+def test_one_stop_string_alone_is_not_taken_for_its_characters():
+    params = SamplingParams()
+    object.__setattr__(params, "stop", "no")  # what the annotation check of the tests would stop
+    with pytest.raises(RequestError, match="stop is no; it must be a tuple of strings"):
+        params.__post_init__()
 
 
 def test_the_ledger_notices_a_lost_page():

@@ -4,6 +4,7 @@ Owns which requests are in flight, each with a tag of its sender. Called by the 
 by LLM, which differ in where requests come from and where results go.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -89,4 +90,6 @@ class RequestFlow(Generic[Tag]):
             # The token that stopped the output is among token_ids, but is no part of the text.
             shown = output.token_ids[: -1 if is_by_token else None]
             text = decode_output(self._text.tokenizer, output.request.prompt_token_ids, shown)
-        return Finished(flight.tag, output, text, stop_reason)
+        # Without its watcher a result can be pickled.
+        request = dataclasses.replace(output.request, is_last=None)
+        return Finished(flight.tag, dataclasses.replace(output, request=request), text, stop_reason)
