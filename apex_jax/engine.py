@@ -25,14 +25,17 @@ from apex_jax.backends.completions import Completions
 from apex_jax.backends.host_lane import HostLane, load_host_op
 from apex_jax.backends.host_programs import HostPrograms, choose_host_device
 from apex_jax.backends.xla import XlaBackend
-from apex_jax.calibration import calibrate
 from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus, validate
 from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
 from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs, plan_memory
 from apex_jax.models import weights
 from apex_jax.models.hf_config import ModelFolder, read_model_folder
 from apex_jax.ops import native_library
+from apex_jax.ops.native_library import HostOp
 from apex_jax.placement import choose_device, choose_dtype, describe_plan, format_size
+from apex_jax.profile_batches import Capacity
+from apex_jax.profile_table import make_key
+from apex_jax.profiler import Profiler
 from apex_jax.programs import Programs, span_of_layers
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
@@ -85,8 +88,11 @@ class Engine:
         timeline: Timeline,
         workers: Workers,
         setup_sec: dict[str, float],
+        profiler: Profiler | None = None,
     ):
+        """profiler: None for an engine over the arrays of another, which has one."""
         self.model, self.memory, self.programs = model, memory, programs
+        self.profiler = profiler
         self._scheduler, self._dispatch, self._timeline = scheduler, dispatch, timeline
         self._device, self._workers, self._setup_sec = device, workers, setup_sec
         self._previous: SweepHandle | None = None
@@ -174,16 +180,11 @@ class Engine:
             host_lane=workers.host_lane,
             staging=staging,
         )
-        policy = make_policy(
-            config.scheduler,
-            lambda: calibrate(
-                backend,
-                shapes,
-                num_layers=architecture.num_layers,
-                num_pages=memory.num_pages,
-                num_host_pages=memory.num_host_pages,
-            ),
+        profiler = _make_profiler(
+            backend, programs, memory, architecture, dtype, device, config, host_op
         )
+        policy = make_policy(config.scheduler, lambda: profiler.times(config.profile, on_progress))
+        timeline.forget()  # what was measured is no part of the job
         scheduler = Scheduler(
             buckets=shapes,
             num_layers=architecture.num_layers,
@@ -212,7 +213,16 @@ class Engine:
             architecture=architecture,
         )
         return cls(
-            model, scheduler, dispatch, programs, memory, device, timeline, workers, setup_sec
+            model,
+            scheduler,
+            dispatch,
+            programs,
+            memory,
+            device,
+            timeline,
+            workers,
+            setup_sec,
+            profiler,
         )
 
     @property
@@ -413,6 +423,38 @@ def _make_host_lane(
         timeline.watch_threads(native_library.take_spans)
     cpus = parse_cpus(config.host.cpus)
     return HostLane(programs, device, on_span=timeline.span, cpus=cpus)
+
+
+def _make_profiler(
+    backend: XlaBackend,
+    programs: Programs,
+    memory: MemoryPlan,
+    architecture: LlamaConfig,
+    dtype: np.dtype,
+    device: jax.Device,
+    config: Config,
+    host_op: HostOp | None,
+) -> Profiler:
+    """Return what measures this engine; without a host lane nothing asks it to."""
+    capacity = Capacity(
+        num_layers=architecture.num_layers,
+        span=programs.num_layers,
+        num_pages=memory.num_pages,
+        num_host_pages=memory.num_host_pages,
+        max_model_len=memory.max_model_len,
+    )
+    key = make_key(
+        device=device.device_kind,
+        model=architecture,
+        dtype=dtype.name,
+        precision=config.model.precision,
+        isa=host_op.isa if host_op else "",
+        num_threads=host_op.num_threads if host_op else 0,
+        cpus=host_op.cpus if host_op else (),
+        shapes=programs.buckets,
+        capacity=capacity,
+    )
+    return Profiler(backend, programs.buckets, capacity, key)
 
 
 def _read_folder(config: Config) -> ModelFolder | None:
