@@ -26,10 +26,12 @@ from apex_jax.backends.host_lane import HostLane, load_host_op
 from apex_jax.backends.host_programs import HostPrograms, choose_host_device
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus, validate
+from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
 from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs, plan_memory
 from apex_jax.models import weights
 from apex_jax.models.hf_config import ModelFolder, read_model_folder
+from apex_jax.monitor import StageMonitor
 from apex_jax.ops import native_library
 from apex_jax.ops.native_library import HostOp
 from apex_jax.placement import choose_device, choose_dtype, describe_plan, format_size
@@ -88,9 +90,11 @@ class Engine:
         timeline: Timeline,
         workers: Workers,
         setup_sec: dict[str, float],
+        decisions: DecisionRecord,
         profiler: Profiler | None = None,
     ):
         """profiler: None for an engine over the arrays of another, which has one."""
+        self.decisions = decisions
         self.model, self.memory, self.programs = model, memory, programs
         self.profiler = profiler
         self._scheduler, self._dispatch, self._timeline = scheduler, dispatch, timeline
@@ -183,7 +187,14 @@ class Engine:
         profiler = _make_profiler(
             backend, programs, memory, architecture, dtype, device, config, host_op
         )
-        policy = make_policy(config.scheduler, lambda: profiler.times(config.profile, on_progress))
+        monitor = None
+        if config.scheduler.predicts:
+            times = profiler.times(config.profile, on_progress)
+            monitor = StageMonitor(times, programs.num_layers)
+            timeline.on_end = monitor.ended
+        policy = make_policy(
+            config.scheduler, None if monitor is None else monitor.times, programs.num_layers
+        )
         timeline.forget()  # what was measured is no part of the job
         scheduler = Scheduler(
             buckets=shapes,
@@ -222,6 +233,7 @@ class Engine:
             timeline,
             workers,
             setup_sec,
+            DecisionRecord(policy, monitor),
             profiler,
         )
 
@@ -306,6 +318,9 @@ class Engine:
             "max_pages": stats.max_pages,
             "num_pages": memory.num_pages,
         }
+        prediction = self.decisions.summary()
+        if prediction:
+            metrics["prediction"] = prediction
         if memory.num_host_pages:
             metrics["planned_bytes"]["host_kv_cache"] = memory.host_pool_bytes
             metrics["planned_bytes"]["host_lane_on_device"] = memory.lane_bytes
@@ -348,6 +363,7 @@ class Engine:
             if timeline.is_tracing:
                 args["requests"] = scheduler.requests_by_group()
             timeline.span("scheduler", "plan", begin_sec, planned_sec, **args)
+            self.decisions.planned(plan)
             launched = self._dispatch.launch(plan)
             scheduler.launched(launched.sampled_cohorts, launched.finished_moves)
             timeline.span("dispatch", "launch", planned_sec, time.perf_counter(), **args)
@@ -363,6 +379,7 @@ class Engine:
             surplus = self._step()
             assert not surplus, f"{len(surplus)} requests finished twice"
         self._scheduler.check_ledger()
+        self.decisions.rested()
         self._idle_since_sec = time.perf_counter()
 
     def _commit_previous(self) -> list[RequestOutput]:
@@ -372,6 +389,7 @@ class Engine:
         self._previous = None
         start_sec = time.perf_counter()
         outputs = self._scheduler.commit(tokens_b, start_sec)
+        self.decisions.swept(start_sec)
         self._timeline.span("scheduler", "commit", start_sec, time.perf_counter())
         return outputs
 

@@ -18,6 +18,7 @@ from apex_jax.backends.handles import HiddenHandle
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import Buckets
 from apex_jax.config import Config, SchedulerConfig
+from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch
 from apex_jax.engine import Engine
 from apex_jax.hardware import Handle, Job, Layers, Stage, StagedLayer, name_of
@@ -48,8 +49,16 @@ class SpanKeeper(Timeline):
         super().__init__()
         self.lanes: dict[str, list[Span]] = {lane: [] for lane in LANES}
 
-    def span(self, lane: str, name: str, start_sec: float, end_sec: float, **args: object) -> None:
-        super().span(lane, name, start_sec, end_sec, **args)
+    def span(
+        self,
+        lane: str,
+        name: str,
+        start_sec: float,
+        end_sec: float,
+        work: object = None,
+        **args: object,
+    ) -> None:
+        super().span(lane, name, start_sec, end_sec, work, **args)
         self.lanes[lane].append(Span(lane, name, start_sec, end_sec, args))
 
 
@@ -128,7 +137,7 @@ class SharedEngine:
         self.times = self._measure()
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:
-        return make_policy(settings, lambda: self.times)
+        return make_policy(settings, self.times, self.whole.programs.num_layers)
 
     @property
     def device(self) -> jax.Device:
@@ -169,6 +178,7 @@ class SharedEngine:
             self.timeline,
             whole._workers,
             whole._setup_sec,
+            DecisionRecord(policy, None),
         )
         return Started(engine, scheduler, dispatch)
 
