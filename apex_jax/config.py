@@ -301,6 +301,12 @@ def validate(config: Config) -> None:
     platform = config.device.platform
     _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
     _validate_host(config.host)
+    _require(
+        scheduler.predicts or not config.profile.recalibrate,
+        "profile.recalibrate",
+        True,
+        f"left out: {scheduler.strategy} goes by no stage times",
+    )
     span = config.compile.layers_per_program
     _require(span is None or span > 0, "compile.layers_per_program", span, "positive")
 
