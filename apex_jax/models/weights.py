@@ -45,9 +45,7 @@ def graphs(
     return nnx.graphdef(module.layers[0]), nnx.graphdef(module.norm)
 
 
-def layer_maker(
-    model: LlamaConfig, dtype: np.dtype
-) -> Callable[[Sequence[Array]], DecoderLayer]:
+def layer_maker(model: LlamaConfig, dtype: np.dtype) -> Callable[[Sequence[Array]], DecoderLayer]:
     """Return what makes a layer of its state's leaves."""
     graph, _ = graphs(model, dtype)
     structure = jax.tree.structure(abstract(model, dtype).layers[0])
