@@ -31,6 +31,7 @@ from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
 from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs, plan_memory
 from apex_jax.models import weights
 from apex_jax.models.hf_config import ModelFolder, read_model_folder
+from apex_jax.monitor import StageMonitor
 from apex_jax.ops import native_library
 from apex_jax.placement import choose_device, choose_dtype, describe_plan, format_size
 from apex_jax.programs import Programs, span_of_layers
@@ -176,15 +177,19 @@ class Engine:
             host_lane=workers.host_lane,
             staging=staging,
         )
-        policy = make_policy(
-            config.scheduler,
-            lambda: calibrate(
+        monitor = None
+        if config.scheduler.predicts:
+            times = calibrate(
                 backend,
                 shapes,
                 num_layers=architecture.num_layers,
                 num_pages=memory.num_pages,
                 num_host_pages=memory.num_host_pages,
-            ),
+            )
+            monitor = StageMonitor(times, programs.num_layers)
+            timeline.on_end = monitor.ended
+        policy = make_policy(
+            config.scheduler, None if monitor is None else monitor.times, programs.num_layers
         )
         scheduler = Scheduler(
             buckets=shapes,

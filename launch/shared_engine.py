@@ -60,8 +60,16 @@ class SpanKeeper(Timeline):
         super().__init__()
         self.lanes: dict[str, list[Span]] = {lane: [] for lane in LANES}
 
-    def span(self, lane: str, name: str, start_sec: float, end_sec: float, **args: object) -> None:
-        super().span(lane, name, start_sec, end_sec, **args)
+    def span(
+        self,
+        lane: str,
+        name: str,
+        start_sec: float,
+        end_sec: float,
+        work: object = None,
+        **args: object,
+    ) -> None:
+        super().span(lane, name, start_sec, end_sec, work, **args)
         self.lanes[lane].append(Span(lane, name, start_sec, end_sec, args))
 
 
@@ -140,7 +148,7 @@ class SharedEngine:
         self.times = self._measure()
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:
-        return make_policy(settings, lambda: self.times)
+        return make_policy(settings, self.times, self.whole.programs.num_layers)
 
     @property
     def device(self) -> jax.Device:
