@@ -19,7 +19,7 @@ from apex_jax.kv_cache import LayerPages
 from apex_jax.models.llama import DecoderLayer, RMSNorm, State, next_token_logits
 from apex_jax.packing import DecodeArrays, PrefillArrays, unpack_head, unpack_prefill_targets
 
-# Parameters of one or more layers, flat: a call takes its arguments apart each time, which for dicts
+# Parameters of one or more layers, flat: each call takes its arguments apart, which for dicts
 # takes five times as long.
 Flat = tuple[Array, ...]
 MakeLayer = Callable[[Flat], DecoderLayer]

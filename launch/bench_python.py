@@ -12,7 +12,6 @@ comes on top, XLA's own time in the same thread. Seconds are CPU time of that th
 import dataclasses
 import gc
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +36,7 @@ from apex_jax.request import Request, SamplingParams
 from launch.environment import environment
 from launch.measuring import ResultFile, Row
 from launch.shared_engine import STRATEGIES, SharedEngine, WatchedBackend, use_two_cpu_devices
+from launch.stopwatch import Stopwatch
 
 _OUTPUT = flags.DEFINE_string("output", "docs/results/python_time.json", "Result file.")
 _BUDGET = flags.DEFINE_float("budget_sec", 300.0, "After this time no further group begins.")
@@ -47,7 +47,6 @@ _SPANS = flags.DEFINE_list(
 )
 _ROWS = flags.DEFINE_integer("device_rows", 16, "Requests in the device lane.")
 _NUM_HOST = flags.DEFINE_integer("host_requests", 32, "Requests in the host lane.")
-_SWEEPS = flags.DEFINE_integer("sweeps", 200, "Sweeps measured of each strategy.")
 _ONLY = flags.DEFINE_list("strategies", [], "Names of those to run; all.")
 
 PROMPT_TOKENS, OUTPUT_TOKENS, PAGE_SIZE = 900, 600, 128
@@ -65,7 +64,6 @@ PARTS = (
     "programs",
     "completions",
 )
-VERBS = ("stages", "jobs", "waits")
 PACKERS = ("num_blocks", "pack_rows", "pack_blocks", "pack_head", "join_heads")
 # An 8B model in bfloat16 on a GPU that reads 3.3 TB/s: 4 ms a sweep. The host is quick enough for
 # pipelining to take all its rows.
@@ -79,69 +77,6 @@ TIMES = StageTimes(
     head_sec=3e-4,
     stage_sec=3e-6,
 )
-
-
-class Stopwatch:
-    """Splits a thread's CPU time into parts, each without what it calls of another part.
-
-    Reading the clock costs about as much as the cheapest of what is timed: that is measured, and
-    left out.
-    """
-
-    def __init__(self) -> None:
-        self._seconds: Counter[str] = Counter()
-        self._num_calls: Counter[tuple[str, str]] = Counter()  # by caller and called
-        self._parts = ["rest"]
-        self._since = time.thread_time()
-        self._thread = threading.get_ident()
-        self._inside_sec, self._outside_sec = self._own_sec()
-
-    def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function, its time counted as the part's where it runs on this thread."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread:
-                return function(*args, **kwargs)
-            parts = self._parts
-            self._num_calls[parts[-1], part] += 1
-            now = time.thread_time()
-            self._seconds[parts[-1]] += now - self._since
-            self._since = now
-            parts.append(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                now = time.thread_time()
-                self._seconds[parts.pop()] += now - self._since
-                self._since = now
-
-        return timed
-
-    def take(self) -> Counter[str]:
-        """Return the seconds of each part since the last take."""
-        now = time.thread_time()
-        self._seconds[self._parts[-1]] += now - self._since
-        self._since = now
-        taken = self._seconds.copy()
-        for (caller, called), count in self._num_calls.items():
-            taken[caller] -= count * self._outside_sec
-            taken[called] -= count * self._inside_sec
-        self._seconds.clear()
-        self._num_calls.clear()
-        return taken
-
-    def _own_sec(self) -> tuple[float, float]:
-        """Return what a wrapped call costs by itself, inside its part and in its caller's."""
-        self._inside_sec = self._outside_sec = 0.0
-        nothing, num_calls = self.wrap("nothing", lambda: None), 2000
-        samples: list[tuple[float, float]] = []
-        for _ in range(20):
-            self.take()
-            for _ in range(num_calls):
-                nothing()
-            taken = self.take()
-            samples.append((taken["nothing"] / num_calls, taken["rest"] / num_calls))
-        return min(inside for inside, _ in samples), min(outside for _, outside in samples)
 
 
 class PairedHandle(NamedTuple):
@@ -162,40 +97,43 @@ class PairedBackend(WatchedBackend):
     """
 
     def __init__(
-        self, real: XlaBackend, shapes: Buckets, simulated: SimulatedBackend, stopwatch: Stopwatch
+        self,
+        real: XlaBackend,
+        shapes: Buckets,
+        simulated: SimulatedBackend,
+        stopwatch: Stopwatch,
+        counts: Counter[str],
     ):
         super().__init__(real, shapes, computes_prompts=False)
-        self.counts: Counter[str] = Counter()
-        self._real, self._simulated = real, simulated
+        self._simulated, self._counts = simulated, counts
         self.now = simulated.now
         self.read = stopwatch.wrap("backend", lambda handle: handle.read())
         self._wait_really = stopwatch.wrap("backend", real.wait_any)
-        self._submit_really = stopwatch.wrap("backend", real.submit_host)
+        self._submit_really = stopwatch.wrap("backend", super().submit_host)
         # The simulated clock's work, and that of following it, is nobody's.
         self.enqueue = stopwatch.wrap("measuring", self._enqueue)
         self.submit_host = stopwatch.wrap("measuring", self._submit)
         self.wait_any = stopwatch.wrap("measuring", self._wait)
 
     def _enqueue(self, stage: Stage, *operands: PairedHandle) -> tuple[PairedHandle, ...]:
-        self.counts["num_stages"] += 1
+        self._counts["stages"] += 1
         simulated = self._simulated.enqueue(stage, *(one.simulated for one in operands))
         real = super().enqueue(stage, *(one.real for one in operands))
         return tuple(PairedHandle(self, *pair) for pair in zip(real, simulated, strict=True))
 
     def _submit(self, job: Job, operand: PairedHandle | None = None) -> PairedHandle:
-        self.counts["num_jobs"] += 1
-        real_operand = None if operand is None else operand.real
-        simulated = None if operand is None else operand.simulated
-        self._last_job = self._submit_really(job, real_operand)
-        return PairedHandle(self, self._last_job, self._simulated.submit_host(job, simulated))
+        self._counts["jobs"] += 1
+        real = self._submit_really(job, operand.real if operand else None)
+        simulated = self._simulated.submit_host(job, operand.simulated if operand else None)
+        return PairedHandle(self, real, simulated)
 
     def _wait(self, handles: Sequence[PairedHandle], deadline_sec: float) -> PairedHandle | None:
-        self.counts["num_waits"] += 1
+        """Ask or wait for real as well, as it is in simulated time."""
+        self._counts["waits"] += 1
         begin_sec = self.now()
         first = self._simulated.wait_any([one.simulated for one in handles], deadline_sec)
-        has_waited = self.now() > begin_sec
-        now_sec = time.perf_counter()
-        self._wait_really([one.real for one in handles], now_sec + 60.0 if has_waited else now_sec)
+        patience_sec = 60.0 if self.now() > begin_sec else 0.0
+        self._wait_really([one.real for one in handles], time.perf_counter() + patience_sec)
         return next((one for one in handles if one.simulated is first), None)
 
 
@@ -247,29 +185,26 @@ def hollow_stages(model: LlamaConfig) -> dict[str, Callable[..., Any]]:
 
 def measure_span(span: int, stopwatch: Stopwatch) -> Iterator[Row]:
     """All strategies with so many layers in a program."""
-    shared = SharedEngine(make_config(span), print, lambda *given: pair(*given, span, stopwatch))
+    counts: Counter[str] = Counter()
+
+    def pair(real: XlaBackend, shapes: Buckets, _: jax.Device) -> PairedBackend:
+        executables = real._programs._executables
+        for key, executable in executables.items():
+            executables[key] = stopwatch.wrap("programs", executable)
+        real.enqueue = stopwatch.wrap("backend", real.enqueue)
+        completions = real._completions
+        completions.enqueued = stopwatch.wrap("completions", completions.enqueued)
+        simulated = SimulatedBackend(TIMES, layers_per_program=span, page_size=PAGE_SIZE)
+        return PairedBackend(real, shapes, simulated, stopwatch, counts)
+
+    shared = SharedEngine(make_config(span), print, pair)
     shared.times = TIMES
     for name in _ONLY.value or STRATEGIES:
-        yield {"strategy": name, **measure(shared, name, stopwatch)}
+        yield {"strategy": name, **measure(shared, name, stopwatch, counts)}
     shared.close()
 
 
-def pair(
-    real: XlaBackend, shapes: Buckets, _: jax.Device, span: int, stopwatch: Stopwatch
-) -> PairedBackend:
-    """Return the backend of all engines, its parts timed."""
-    programs = real._programs
-    executables = programs._executables
-    for key, executable in executables.items():
-        executables[key] = stopwatch.wrap("programs", executable)
-    real.enqueue = stopwatch.wrap("backend", real.enqueue)
-    completions = real._completions
-    completions.enqueued = stopwatch.wrap("completions", completions.enqueued)
-    simulated = SimulatedBackend(TIMES, layers_per_program=span, page_size=PAGE_SIZE)
-    return PairedBackend(real, shapes, simulated, stopwatch)
-
-
-def measure(shared: SharedEngine, name: str, stopwatch: Stopwatch) -> Row:
+def measure(shared: SharedEngine, name: str, stopwatch: Stopwatch, counts: Counter[str]) -> Row:
     """Give one strategy its turn: fill both lanes, settle, then look at each sweep."""
     policy = shared.make_policy(STRATEGIES[name])
     rows, num_host = _ROWS.value, _NUM_HOST.value
@@ -293,7 +228,8 @@ def measure(shared: SharedEngine, name: str, stopwatch: Stopwatch) -> Row:
         engine.step()
     gc.collect()
     stopwatch.take()
-    counts, num_tokens = shared.backend.counts.copy(), stats.num_output_tokens
+    counts.clear()
+    num_tokens = stats.num_output_tokens
 
     def seconds() -> dict[str, float]:
         step()
@@ -303,21 +239,25 @@ def measure(shared: SharedEngine, name: str, stopwatch: Stopwatch) -> Row:
     turns = [[seconds() for _ in range(period)] for _ in range(NUM_TURNS)]
     least = [min(sweeps, key=lambda sec: sum(sec.values())) for sweeps in zip(*turns, strict=True)]
     sec = {part: sum(one[part] for one in least) / period for part in PARTS}
-    num_sweeps, counted = period * NUM_TURNS, shared.backend.counts - counts
+    num_sweeps = period * NUM_TURNS
     shared.finish()
     return {
         "python_sec": sum(sec.values()),
         **{f"{part}_sec": value for part, value in sec.items()},
-        **{f"num_{verb}": counted[f"num_{verb}"] / num_sweeps for verb in VERBS},
+        **{f"num_{verb}": counts[verb] / num_sweeps for verb in ("stages", "jobs", "waits")},
         "device_rows": stats.max_running,
         "host_rows": stats.max_host_running,
         "tokens": (stats.num_output_tokens - num_tokens) / num_sweeps,
     }
 
 
+def make_model() -> LlamaConfig:
+    return LlamaConfig(_NUM_LAYERS.value, 64, 64, 4, 2, 16, 256, MAX_MODEL_LEN)
+
+
 def make_config(span: int) -> Config:
     """Return the settings of an engine with a host lane, in whose memory the rows fit exactly."""
-    shape = LlamaConfig(_NUM_LAYERS.value, 64, 64, 4, 2, 16, 256, MAX_MODEL_LEN)
+    shape = make_model()
     config = Config(model=ModelConfig(weights="dummy", architecture=shape))
     config.device.platform, config.host.threads = "cpu", 1
     config.compile.layers_per_program = span
@@ -337,7 +277,7 @@ def main(argv: Sequence[str]) -> int:
     use_two_cpu_devices(one_core_each=False)
     # Handing a program to another thread costs the caller more than running one that is hollow.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    for name, function in hollow_stages(make_config(1).model.architecture).items():
+    for name, function in hollow_stages(make_model()).items():
         setattr(stages, name, function)
     stopwatch = Stopwatch()
     for module, name, part in (

@@ -181,7 +181,8 @@ class XlaBackend:
         span = slice(stage.first_layer, stage.first_layer + self._programs.num_layers)
         state = (self._spans[stage.first_layer], tuple(self._pages[span]), hidden.x)
         if isinstance(stage.batch, DecodeBatch):
-            arrays = self._with_blocks(hidden.arrays, stage.batch)
+            is_whole_sweep = self._programs.num_layers == len(self._flat_layers)
+            arrays = self._with_blocks(hidden.arrays, stage.batch, is_wanted_once=is_whole_sweep)
             key = _decode_key("layers_decode", arrays)
             x, pages = self._programs[key](*state, arrays)
             x_bd = x
@@ -193,9 +194,16 @@ class XlaBackend:
         return HiddenHandle(x, x_bd, arrays)
 
     def _with_blocks(
-        self, arrays: DecodeArrays | PrefillArrays, batch: DecodeBatch
+        self,
+        arrays: DecodeArrays | PrefillArrays,
+        batch: DecodeBatch,
+        *,
+        is_wanted_once: bool = False,
     ) -> DecodeArrays:
-        """Return what the device's attention needs; packed once, when it is first wanted."""
+        """Return what the device's attention needs; packed once, when it is first wanted.
+
+        is_wanted_once: by one call, with which it travels.
+        """
         assert isinstance(arrays, DecodeArrays)
         if arrays.blocks_ci is not None:
             return arrays
@@ -205,6 +213,8 @@ class XlaBackend:
         packed_ci = packing.pack_blocks(
             batch, rows=rows, blocks=blocks, page_size=self._buckets.page_size
         )
+        if is_wanted_once:
+            return arrays._replace(blocks_ci=packed_ci)
         return arrays._replace(blocks_ci=jax.device_put(packed_ci, self._device))
 
     # Layer by layer
