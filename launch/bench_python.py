@@ -41,7 +41,6 @@ from launch.stopwatch import Stopwatch
 _OUTPUT = flags.DEFINE_string("output", "docs/results/python_time.json", "Result file.")
 _BUDGET = flags.DEFINE_float("budget_sec", 300.0, "After this time no further group begins.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes: shows that the script runs, no more.")
-_NUM_LAYERS = flags.DEFINE_integer("num_layers", 32, "Of the model.")
 _SPANS = flags.DEFINE_list(
     "layers_per_program", ["4", "8", "32"], "Layers of a program; a group each."
 )
@@ -199,7 +198,7 @@ def measure_span(span: int, stopwatch: Stopwatch) -> Iterator[Row]:
 
     shared = SharedEngine(make_config(span), print, pair)
     shared.times = TIMES
-    for name in _ONLY.value or STRATEGIES:
+    for name in _ONLY.value or (["device_only", "passes_2"] if _SMOKE.value else STRATEGIES):
         yield {"strategy": name, **measure(shared, name, stopwatch, counts)}
     shared.close()
 
@@ -207,7 +206,7 @@ def measure_span(span: int, stopwatch: Stopwatch) -> Iterator[Row]:
 def measure(shared: SharedEngine, name: str, stopwatch: Stopwatch, counts: Counter[str]) -> Row:
     """Give one strategy its turn: fill both lanes, settle, then look at each sweep."""
     policy = shared.make_policy(STRATEGIES[name])
-    rows, num_host = _ROWS.value, _NUM_HOST.value
+    rows, num_host = num_requests()
     engine, scheduler, dispatch = shared.start(policy, rows * PAGES_PER_ROW)
     scheduler.plan_sweep = stopwatch.wrap("scheduler", scheduler.plan_sweep)
     scheduler.launched = stopwatch.wrap("scheduler", scheduler.launched)
@@ -236,10 +235,10 @@ def measure(shared: SharedEngine, name: str, stopwatch: Stopwatch, counts: Count
         taken = stopwatch.take()
         return {part: taken[part] for part in PARTS}
 
-    turns = [[seconds() for _ in range(period)] for _ in range(NUM_TURNS)]
+    turns = [[seconds() for _ in range(period)] for _ in range(1 if _SMOKE.value else NUM_TURNS)]
     least = [min(sweeps, key=lambda sec: sum(sec.values())) for sweeps in zip(*turns, strict=True)]
     sec = {part: sum(one[part] for one in least) / period for part in PARTS}
-    num_sweeps = period * NUM_TURNS
+    num_sweeps = period * len(turns)
     shared.finish()
     return {
         "python_sec": sum(sec.values()),
@@ -251,8 +250,13 @@ def measure(shared: SharedEngine, name: str, stopwatch: Stopwatch, counts: Count
     }
 
 
+def num_requests() -> tuple[int, int]:
+    """Return how many there are in the device lane and in the host lane."""
+    return (2, 4) if _SMOKE.value else (_ROWS.value, _NUM_HOST.value)
+
+
 def make_model() -> LlamaConfig:
-    return LlamaConfig(_NUM_LAYERS.value, 64, 64, 4, 2, 16, 256, MAX_MODEL_LEN)
+    return LlamaConfig(TIMES.num_layers, 64, 64, 4, 2, 16, 256, MAX_MODEL_LEN)
 
 
 def make_config(span: int) -> Config:
@@ -263,11 +267,12 @@ def make_config(span: int) -> Config:
     config.compile.layers_per_program = span
     config.cache.page_size = PAGE_SIZE
     page_bytes = PAGE_SIZE * shape.kv_bytes_per_token(4)
-    config.cache.device_bytes = _ROWS.value * PAGES_PER_ROW * page_bytes
-    config.cache.host_bytes = _NUM_HOST.value * MAX_MODEL_LEN // PAGE_SIZE * page_bytes
+    rows, num_host = num_requests()
+    config.cache.device_bytes = rows * PAGES_PER_ROW * page_bytes
+    config.cache.host_bytes = num_host * MAX_MODEL_LEN // PAGE_SIZE * page_bytes
     scheduler = config.scheduler
     scheduler.strategy = "async_overlap"  # whose cohort may be the largest
-    scheduler.max_requests, scheduler.max_host_requests = 2 * _ROWS.value, _NUM_HOST.value
+    scheduler.max_requests, scheduler.max_host_requests = 2 * rows, num_host
     scheduler.max_prefill_tokens, scheduler.max_model_len = 1024, MAX_MODEL_LEN
     return config
 
@@ -288,12 +293,11 @@ def main(argv: Sequence[str]) -> int:
     header = {
         "what": "Python's CPU seconds a sweep, in all and by part; counts a sweep",
         "smoke": _SMOKE.value,
-        "num_layers": _NUM_LAYERS.value,
         "simulated_times": dataclasses.asdict(TIMES),
         "environment": environment(jax.devices()[0]),
     }
     results = ResultFile(Path(_OUTPUT.value), header, _BUDGET.value)
-    for span in map(int, _SPANS.value):
+    for span in [8] if _SMOKE.value else map(int, _SPANS.value):
         results.measure(f"{span}_layers_per_program", lambda s=span: measure_span(s, stopwatch))
     print(f"results in {results.path}")
     return 1 if results.content["failed"] else 0

@@ -15,14 +15,15 @@ class Stopwatch:
     """Splits a thread's CPU time into parts, each without what it calls of another part.
 
     Reading the clock costs about as much as the cheapest of what is timed: that is measured, and
-    left out.
+    left out. clock: in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self._clock = clock
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._num_calls: Counter[tuple[str, str]] = Counter()  # by caller and called
         self._parts = ["rest"]
-        self._since = time.thread_time()
+        self._since = self._clock()
         self._thread = threading.get_ident()
         self._inside_sec, self._outside_sec = self._own_sec()
 
@@ -34,14 +35,14 @@ class Stopwatch:
                 return function(*args, **kwargs)
             parts = self._parts
             self._num_calls[parts[-1], part] += 1
-            now = time.thread_time()
+            now = self._clock()
             self._seconds[parts[-1]] += now - self._since
             self._since = now
             parts.append(part)
             try:
                 return function(*args, **kwargs)
             finally:
-                now = time.thread_time()
+                now = self._clock()
                 self._seconds[parts.pop()] += now - self._since
                 self._since = now
 
@@ -49,7 +50,7 @@ class Stopwatch:
 
     def take(self) -> dict[str, float]:
         """Return the seconds of each part since the last take."""
-        now = time.thread_time()
+        now = self._clock()
         self._seconds[self._parts[-1]] += now - self._since
         self._since = now
         taken = self._seconds
