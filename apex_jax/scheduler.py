@@ -309,8 +309,9 @@ class Scheduler:
                 # It may have been driven out itself, or wait for the page of one who leaves.
                 if sequence.lane is not Lane.DEVICE or sequence.is_moving:
                     continue
-            if self._device.grow(sequence):
-                ready.append(sequence)
+                if not self._device.grow(sequence):
+                    continue
+            ready.append(sequence)
         return ready
 
     def _make_room(self, sequence: Sequence, moves: list[Move]) -> None:
