@@ -48,7 +48,6 @@ from apex_jax.plan import (
 )
 from apex_jax.policies import Action, CohortView, Policy
 
-
 AT_ONCE = -math.inf  # a deadline that has passed on every clock
 
 

@@ -18,6 +18,7 @@ from apex_jax.backends.handles import HiddenHandle
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import Buckets
 from apex_jax.config import Config, SchedulerConfig
+from apex_jax.cost_model import Times
 from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch
 from apex_jax.engine import Engine
@@ -145,7 +146,7 @@ class SharedEngine:
         inner = self.whole._dispatch._backend
         assert isinstance(inner, XlaBackend)
         self.backend = watch(inner, self.whole.programs.buckets, self.device)
-        self.times = self._measure()
+        self.times: Times = self._measure()
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:
         return make_policy(settings, self.times, self.whole.programs.num_layers)
