@@ -293,6 +293,10 @@ class Engine:
             f"{format_size(programs.temp_bytes)}; weights in {self._setup_sec['load']:.1f} s"
         )
 
+    def log_decisions(self, on_decision: Callable[[dict[str, Any]], None]) -> None:
+        """Hand each sweep's decision on, as JSON values, where the strategy chooses."""
+        self.decisions.on_decision = on_decision
+
     def metrics(self) -> dict[str, Any]:
         """Return figures of the run so far, as JSON values; bytes and seconds as named."""
         memory, stats = self.memory, self._scheduler.stats
