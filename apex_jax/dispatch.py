@@ -43,7 +43,9 @@ from apex_jax.plan import (
     HostPrefillBatch,
     Move,
     PrefillBatch,
+    Sampled,
     SweepPlan,
+    join_sampled,
 )
 from apex_jax.policies import Action, CohortView, Policy
 
@@ -195,8 +197,8 @@ class Dispatch:
             tuple(sweep.finished_moves),
         )
 
-    def read(self, sweep: SweepHandle) -> Int32[np.ndarray, "b"]:
-        """Wait for the sweep and return its sampled tokens, in the order of its heads.
+    def read(self, sweep: SweepHandle) -> Sampled:
+        """Wait for the sweep and return what it sampled, in the order of its heads.
 
         Raises StuckError after the watchdog's time.
         """
@@ -207,8 +209,7 @@ class Dispatch:
                     f"sweep {sweep.sweep_id} did not complete within {self._watchdog_sec:g} s; "
                     f"{self.describe()}"
                 )
-        tokens = [head.read() for head in sweep.heads]
-        return np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+        return join_sampled([head.read() for head in sweep.heads])
 
     def describe(self) -> str:
         """Return where everything stands, in a line, for error messages."""

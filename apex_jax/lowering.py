@@ -18,7 +18,7 @@ from apex_jax import kv_cache, stages
 from apex_jax.buckets import PAGES_PER_BLOCK, Buckets, HostBuckets
 from apex_jax.config import LlamaConfig
 from apex_jax.models import weights
-from apex_jax.packing import DecodeArrays, PrefillArrays
+from apex_jax.packing import DecodeArrays, ModifierArrays, PrefillArrays
 
 
 @dataclass(frozen=True)
@@ -95,15 +95,32 @@ class Lowering:
             yield from self._head(rows)
 
     def _head(self, rows: int) -> Iterator[Traced]:
-        own = self._weights.output
-        output_vd = self._weights.embedding if own is None else own
-        x_bd, packed_b8 = self._floats(rows, self._model.d_model), _ints(rows, 8)
         for name, is_greedy in (("head_greedy", True), ("head_sample", False)):
             function = jax.jit(
                 partial(stages.head, self._norm_graph, is_greedy=is_greedy), donate_argnums=2
             )
-            arguments = (self._weights.norm, output_vd, self._tokens_by_slot, x_bd, packed_b8)
-            yield self._trace(name, (rows,), function, *arguments)
+            yield self._trace(name, (rows,), function, *self._head_arguments(rows))
+
+    def modified_head(self, key: ProgramKey) -> jax.stages.Lowered:
+        """Trace a head that few jobs need, for a bucket of rows and one of entries."""
+        rows, num_entries = key.shape
+        function = jax.jit(
+            partial(
+                stages.modified_head,
+                self._norm_graph,
+                with_logprobs=key.stage == "head_logprobs",
+            ),
+            donate_argnums=2,
+        )
+        modifiers = ModifierArrays(_ints(rows, 4), _ints(num_entries, 6))
+        arguments = (*self._head_arguments(rows), modifiers)
+        return self._trace(key.stage, key.shape, function, *arguments)[1]
+
+    def _head_arguments(self, rows: int) -> tuple[Any, ...]:
+        own = self._weights.output
+        output_vd = self._weights.embedding if own is None else own
+        x_bd, packed_b9 = self._floats(rows, self._model.d_model), _ints(rows, 9)
+        return self._weights.norm, output_vd, self._tokens_by_slot, x_bd, packed_b9
 
     # With a host lane
 

@@ -7,11 +7,13 @@ printed and compared after the scheduler's own state has moved on. Imports no ja
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
-from apex_jax.request import SamplingParams
+from apex_jax.modifiers import ModifierBatch, RowChanges
+from apex_jax.request import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class HeadBatch:
 
     rows_b: row of that batch. slots_b: where the token goes in `tokens_by_slot`.
     positions_b: index the sampled token will have; with the seed it fixes the randomness.
+    wants_logprobs: whether any row does. modifiers: what changes scores; None where nothing does.
     """
 
     rows_b: Int32[np.ndarray, "b"]
@@ -57,7 +60,10 @@ class HeadBatch:
     temperatures_b: Float32[np.ndarray, "b"]
     top_ks_b: Int32[np.ndarray, "b"]
     top_ps_b: Float32[np.ndarray, "b"]
+    min_ps_b: Float32[np.ndarray, "b"]
     seeds_b2: UInt32[np.ndarray, "b 2"]
+    wants_logprobs: bool
+    modifiers: ModifierBatch | None
 
     @property
     def is_greedy(self) -> bool:
@@ -69,7 +75,9 @@ class HeadBatch:
         slots: Sequence[int],
         positions: Sequence[int],
         sampling: Sequence[SamplingParams],
+        changes: Sequence[RowChanges | None] | None = None,
     ) -> "HeadBatch":
+        """Return the head of some rows; `changes` where any row may have some."""
         seeds = np.array([params.seed % 2**64 for params in sampling], np.uint64)
         return HeadBatch(
             rows_b=np.array(rows, np.int32),
@@ -79,9 +87,12 @@ class HeadBatch:
             # No vocabulary is larger than an int32, so a larger k cuts nothing either.
             top_ks_b=np.array([min(params.top_k, 2**31 - 1) for params in sampling], np.int32),
             top_ps_b=np.array([params.top_p for params in sampling], np.float32),
+            min_ps_b=np.array([params.min_p for params in sampling], np.float32),
             seeds_b2=np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1)
             .astype(np.uint32)
             .reshape(-1, 2),
+            wants_logprobs=any(params.logprobs is not None for params in sampling),
+            modifiers=None if changes is None else ModifierBatch.of(rows, changes),
         )
 
 
@@ -148,3 +159,24 @@ class SweepPlan:
     dropped_cohorts: tuple[int, ...] = ()
     host_prefill: HostPrefillBatch | None = None
     moves: tuple[Move, ...] = ()
+
+
+class Sampled(NamedTuple):
+    """What heads chose, in the order of their rows.
+
+    logprobs: of each row whose head computed them, all that there are; empty where none did.
+    """
+
+    tokens_b: Int32[np.ndarray, "b"]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+
+
+def join_sampled(parts: Sequence[Sampled]) -> Sampled:
+    """Return what several heads chose as one."""
+    if not parts:
+        return Sampled(np.zeros(0, np.int32))
+    logprobs: list[TokenLogprobs | None] = []
+    if any(part.logprobs for part in parts):
+        for part in parts:
+            logprobs += part.logprobs or (None,) * len(part.tokens_b)
+    return Sampled(np.concatenate([part.tokens_b for part in parts]), tuple(logprobs))

@@ -14,11 +14,11 @@ from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int32
 
 from apex_jax.buckets import Buckets, fullest_chunk
 from apex_jax.host_prefill import PromptGroup, choose_group
 from apex_jax.lanes import LaneRoom
+from apex_jax.modifiers import Modifiers
 from apex_jax.pages import num_pages_for
 from apex_jax.plan import (
     CohortBatch,
@@ -28,10 +28,17 @@ from apex_jax.plan import (
     HostPrefillBatch,
     Move,
     PrefillBatch,
+    Sampled,
     SweepPlan,
 )
 from apex_jax.policies import DeviceLoad, DeviceOnly, Policy
-from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
+from apex_jax.request import (
+    FinishReason,
+    Request,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+)
 from apex_jax.sequence import Lane, Sequence
 
 MAX_PROMOTIONS = 2  # at once: a sequence on its way does not decode, and they travel one by one
@@ -183,16 +190,37 @@ class Scheduler:
                 "scheduler.max_model_len or what the KV cache holds, whichever is least)"
             )
         stops = frozenset(sampling.stop_token_ids)
+        stops = stops if sampling.ignore_eos else stops | self._eos_token_ids
+        self._check_vocabulary(sampling, stops)
         self._num_unfinished += 1
         self._waiting.append(
             Sequence(
                 index=next(self._indices),
                 request=request,
-                stop_token_ids=stops if sampling.ignore_eos else stops | self._eos_token_ids,
+                stop_token_ids=stops,
                 arrival_sec=now_sec,
                 token_ids=list(prompt),
+                modifiers=Modifiers.of(sampling, prompt, stops),
             )
         )
+
+    def _check_vocabulary(self, sampling: SamplingParams, stops: frozenset[int]) -> None:
+        """Raise RequestError where modifiers name what is no token, or leave none to choose."""
+        named = [("logit_bias", token_id) for token_id in sampling.logit_bias]
+        banned = set(stops if sampling.min_tokens else ())
+        for word in sampling.bad_words:
+            if isinstance(word, str):
+                raise RequestError(f"bad_words has text, {word!r}; the engine takes token ids")
+            named += [("bad_words", token_id) for token_id in word]
+            banned.add(word[-1])
+        for name, token_id in named:
+            if token_id >= self._vocab_size:
+                raise RequestError(
+                    f"{name} has token id {token_id}, which is outside the vocabulary "
+                    f"(0 to {self._vocab_size - 1})"
+                )
+        if banned.issuperset(range(self._vocab_size)):
+            raise RequestError("bad_words and min_tokens leave no token to choose")
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request without a result; False where there is none of that name."""
@@ -248,15 +276,17 @@ class Scheduler:
         for move_id in finished_moves:
             self._end_move(self._moving.pop(move_id))
 
-    def commit(self, tokens_b: Int32[np.ndarray, "b"], now_sec: float) -> list[RequestOutput]:
-        """Take the tokens of the oldest planned sweep, in its heads' order; return who finished."""
+    def commit(self, sampled: Sampled, now_sec: float) -> list[RequestOutput]:
+        """Take what the oldest planned sweep sampled, in its heads' order; return who finished."""
         flight = self._flights.popleft()
         outputs: list[RequestOutput] = []
-        for (sequence, lane), token in zip(flight.sampled, tokens_b.tolist(), strict=True):
+        tokens: list[int] = sampled.tokens_b.tolist()
+        logprobs = sampled.logprobs or (None,) * len(tokens)
+        for (sequence, lane), token, of_token in zip(flight.sampled, tokens, logprobs, strict=True):
             sequence.num_unread -= 1
             if sequence.finish_reason is not None:
                 continue  # the surplus token of a sweep planned before the stop token was read
-            sequence.append(token, now_sec)
+            sequence.append(token, now_sec, of_token)
             self.stats.num_output_tokens += 1
             if lane is Lane.HOST:
                 sequence.num_host_tokens += 1
@@ -624,4 +654,8 @@ def _head(rows: AbstractSequence[int], sequences: list[Sequence]) -> HeadBatch:
         [sequence.slot for sequence in sequences if sequence.slot is not None],
         [sequence.num_tokens for sequence in sequences],
         [sequence.request.sampling for sequence in sequences],
+        [
+            None if sequence.modifiers is None else sequence.modifiers.changes(sequence.num_unread)
+            for sequence in sequences
+        ],
     )

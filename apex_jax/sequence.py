@@ -6,7 +6,8 @@ Owns the derived facts of one sequence; the scheduler changes it. Imports no jax
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from apex_jax.request import FinishReason, Request, RequestOutput
+from apex_jax.modifiers import Modifiers
+from apex_jax.request import FinishReason, Request, RequestOutput, TokenLogprobs
 
 
 class Lane(StrEnum):
@@ -27,7 +28,8 @@ class Sequence:
     is_decoding: its last token lies in that slot. is_moving: its KV is between the lanes.
     last_step: number of the sweep that planned its last step, 0 before the first.
     cohort_id: of the cohort in which its next token is under way. num_host_tokens: output tokens
-    whose attention the host did.
+    whose attention the host did. modifiers: what changes its scores, None where nothing does.
+    logprobs: of the output read so far, where the request asks for them.
     """
 
     index: int
@@ -46,6 +48,8 @@ class Sequence:
     num_unread: int = 0
     num_preemptions: int = 0
     num_host_tokens: int = 0
+    modifiers: Modifiers | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])
     first_token_sec: float | None = None
     last_token_sec: float | None = None
     finish_reason: FinishReason | None = None
@@ -74,9 +78,21 @@ class Sequence:
         is_busy = self.is_moving or self.cohort_id is not None or self.finish_reason is not None
         return self.is_decoding and not is_busy and not self.is_fully_planned
 
-    def append(self, token: int, now_sec: float) -> None:
-        """Take a token that was read, and see whether it is the last."""
+    def append(self, token: int, now_sec: float, logprobs: TokenLogprobs | None = None) -> None:
+        """Take a token that was read, and see whether it is the last.
+
+        logprobs: of the MAX_LOGPROBS best tokens, where a head computed them.
+        """
         self.token_ids.append(token)
+        if self.modifiers is not None:
+            self.modifiers.append(token)
+        num_best = self.request.sampling.logprobs
+        if num_best is not None:
+            assert logprobs is not None
+            chosen, ids_i, best_i = logprobs
+            # Copies: these are views of what a whole batch sampled.
+            best = TokenLogprobs(chosen, ids_i[:num_best].copy(), best_i[:num_best].copy())
+            self.logprobs.append(best)
         if self.first_token_sec is None:
             self.first_token_sec = now_sec
         self.last_token_sec = now_sec
@@ -99,4 +115,5 @@ class Sequence:
             finish_sec=self.last_token_sec,
             num_preemptions=self.num_preemptions,
             num_host_tokens=self.num_host_tokens,
+            logprobs=None if self.request.sampling.logprobs is None else tuple(self.logprobs),
         )

@@ -16,7 +16,15 @@ from apex_jax import sampling
 from apex_jax.attention import append_kv, decode_attention, prefill_attention
 from apex_jax.kv_cache import LayerPages
 from apex_jax.models.llama import DecoderLayer, RMSNorm, State, next_token_logits
-from apex_jax.packing import DecodeArrays, PrefillArrays, unpack_head, unpack_prefill_targets
+from apex_jax.packing import (
+    DecodeArrays,
+    ModifierArrays,
+    PrefillArrays,
+    pack_logprobs,
+    unpack_head,
+    unpack_modifiers,
+    unpack_prefill_targets,
+)
 
 Layers = tuple[State, ...]
 Pages = tuple[LayerPages, ...]
@@ -158,15 +166,39 @@ def head(
     output_vd: Float[Array, "v d"],
     tokens_by_slot: Int[Array, "slots"],
     x_bd: Float[Array, "b d"],
-    packed_b8: Int[Array, "b 8"],
+    packed_b9: Int[Array, "b 9"],
     *,
     is_greedy: bool,
 ) -> tuple[Int[Array, "b"], Int[Array, "slots"]]:
     """Choose a token per row and leave it in the row's slot; `tokens_by_slot` may be donated."""
     logits_bv = next_token_logits(x_bd, nnx.merge(norm_graph, norm), output_vd)
-    slots_b, rows = unpack_head(packed_b8)
+    slots_b, rows = unpack_head(packed_b9)
     tokens_b = sampling.greedy(logits_bv) if is_greedy else sampling.sample(logits_bv, rows)
     return tokens_b, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
+
+
+def modified_head(
+    norm_graph: nnx.GraphDef[RMSNorm],
+    norm: State,
+    output_vd: Float[Array, "v d"],
+    tokens_by_slot: Int[Array, "slots"],
+    x_bd: Float[Array, "b d"],
+    packed_b9: Int[Array, "b 9"],
+    modifiers: ModifierArrays,
+    *,
+    with_logprobs: bool,
+) -> tuple[Int[Array, "b"], Int[Array, "b i"] | None, Int[Array, "slots"]]:
+    """Do what `head` does with modified scores; `tokens_by_slot` may be donated.
+
+    Also returns packed logprobs of the scores as they were, where they are wanted.
+    """
+    logits_bv = next_token_logits(x_bd, nnx.merge(norm_graph, norm), output_vd)
+    slots_b, rows = unpack_head(packed_b9)
+    last_tokens_b = tokens_by_slot.at[slots_b].get(mode="clip")
+    modified_bv = sampling.modify(logits_bv, last_tokens_b, *unpack_modifiers(modifiers))
+    tokens_b = sampling.sample(modified_bv, rows)
+    logprobs_bi = pack_logprobs(sampling.logprobs(logits_bv, tokens_b)) if with_logprobs else None
+    return tokens_b, logprobs_bi, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
 
 
 def export_pages(pages: LayerPages, page_ids_i: Int[Array, "i"]) -> Float[Array, "i k 2 z h"]:

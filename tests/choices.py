@@ -72,6 +72,7 @@ def noise(request, position, num_tokens):
         head.temperatures_b,
         head.top_ks_b,
         head.top_ps_b,
+        head.min_ps_b,
         jnp.asarray(head.seeds_b2),
         np.zeros(1, np.int32),
         head.positions_b,

@@ -223,6 +223,7 @@ def test_sampling_is_that_of_the_cpu(platform, temperature, top_k, top_p):
         temperatures_b=np.full(num_rows, temperature, np.float32),
         top_ks_b=np.full(num_rows, top_k, np.int32),
         top_ps_b=np.full(num_rows, top_p, np.float32),
+        min_ps_b=np.zeros(num_rows, np.float32),
         seeds_b2=rng.integers(0, 2**32, (num_rows, 2), dtype=np.uint32),
         sample_indices_b=np.zeros(num_rows, np.int32),
         positions_b=np.arange(num_rows, dtype=np.int32),

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from apex_jax.packing import DecodeArrays, PrefillArrays
+from apex_jax.packing import DecodeArrays, PrefillArrays, unpack_logprobs
+from apex_jax.plan import Sampled
 
 
 class _WithoutTokens:
     """A handle that no Head stage yielded."""
 
-    def read(self) -> Int32[np.ndarray, "b"]:
+    def read(self) -> Sampled:
         raise TypeError(f"{type(self).__name__} holds no tokens; read a Head stage's")
 
 
@@ -120,17 +121,24 @@ class MovedHandle(_WithoutTokens):
 
 @dataclass(frozen=True)
 class TokensHandle:
-    """Tokens sampled by a head, on their way to the host, and the rows of them that count."""
+    """Tokens sampled by a head, on their way to the host, and the rows of them that count.
+
+    logprobs_bi: packed, where the head computes them.
+    """
 
     tokens_b: Int[Array, "b"]
     rows_i: Int32[np.ndarray, "i"]
+    logprobs_bi: Int[Array, "b i"] | None = None
 
     @property
     def marker(self) -> Any:
         return self.tokens_b
 
-    def read(self) -> Int32[np.ndarray, "i"]:
-        return np.asarray(self.tokens_b)[self.rows_i]
+    def read(self) -> Sampled:
+        tokens_i = np.asarray(self.tokens_b)[self.rows_i]
+        if self.logprobs_bi is None:
+            return Sampled(tokens_i)
+        return Sampled(tokens_i, unpack_logprobs(np.asarray(self.logprobs_bi)[self.rows_i]))
 
 
 DeviceHandle = (

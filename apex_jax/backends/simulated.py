@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
 
 from apex_jax.cost_model import StageTimes
 from apex_jax.hardware import (
@@ -33,7 +32,7 @@ from apex_jax.hardware import (
     StagedLayer,
     name_of,
 )
-from apex_jax.plan import DecodeBatch, PrefillBatch
+from apex_jax.plan import DecodeBatch, PrefillBatch, Sampled
 
 
 class Work(NamedTuple):
@@ -57,9 +56,9 @@ class SimulatedHandle:
     work: Work
     num_sampled: int = 0
 
-    def read(self) -> Int32[np.ndarray, "b"]:
+    def read(self) -> Sampled:
         self.backend.wait_any([self], self.ready_sec)
-        return np.zeros(self.num_sampled, np.int32)
+        return Sampled(np.zeros(self.num_sampled, np.int32))
 
 
 class SimulatedBackend:
