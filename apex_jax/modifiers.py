@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Shaped
 
-from apex_jax.request import SamplingParams
+from apex_jax.request import RequestError, SamplingParams
 
 ALWAYS = np.iinfo(np.int32).max  # as `after`; no vocabulary is so large
 MASK = -np.inf  # as `bias`
@@ -194,6 +194,27 @@ class Modifiers:
         entry = self._entries[place]
         entry["token_id"], entry["after"] = token_id, ALWAYS
         return entry
+
+
+def check_modifiers(
+    sampling: SamplingParams, stop_token_ids: frozenset[int], vocab_size: int
+) -> None:
+    """Raise RequestError where a request names what is no token, or leaves none to choose."""
+    named = [("logit_bias", token_id) for token_id in sampling.logit_bias]
+    banned = set(stop_token_ids if sampling.min_tokens else ())
+    for word in sampling.bad_words:
+        if isinstance(word, str):
+            raise RequestError(f"bad_words has the text {word!r}; the engine takes token ids")
+        named += [("bad_words", token_id) for token_id in word]
+        banned.add(word[-1])
+    for name, token_id in named:
+        if token_id >= vocab_size:
+            raise RequestError(
+                f"{name} has token id {token_id}, which is outside the vocabulary "
+                f"(0 to {vocab_size - 1})"
+            )
+    if banned.issuperset(range(vocab_size)):
+        raise RequestError("bad_words and min_tokens leave no token to choose")
 
 
 def _masks(pairs: Iterable[tuple[int, int]]) -> Entries:

@@ -93,7 +93,9 @@ def modify(
         ]
     )
     ids_i = jnp.concatenate([entries.token_ids_e, last_tokens_b])
-    counts_i = jnp.concatenate([entries.counts_e + is_last_e, is_new_b.astype(jnp.int32)])
+    counts_i = jnp.concatenate(
+        [entries.counts_e + is_last_e.astype(jnp.int32), is_new_b.astype(jnp.int32)]
+    )
     is_seen_i = jnp.concatenate([entries.is_seen_e | is_last_e, is_new_b])
     biases_i = jnp.concatenate([entries.biases_e, jnp.zeros(num_rows)])
 

@@ -18,7 +18,7 @@ import numpy as np
 from apex_jax.buckets import Buckets, fullest_chunk
 from apex_jax.host_prefill import PromptGroup, choose_group
 from apex_jax.lanes import LaneRoom
-from apex_jax.modifiers import Modifiers
+from apex_jax.modifiers import Modifiers, check_modifiers
 from apex_jax.pages import num_pages_for
 from apex_jax.plan import (
     CohortBatch,
@@ -32,13 +32,7 @@ from apex_jax.plan import (
     SweepPlan,
 )
 from apex_jax.policies import DeviceLoad, DeviceOnly, Policy
-from apex_jax.request import (
-    FinishReason,
-    Request,
-    RequestError,
-    RequestOutput,
-    SamplingParams,
-)
+from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
 from apex_jax.sequence import Lane, Sequence
 
 MAX_PROMOTIONS = 2  # at once: a sequence on its way does not decode, and they travel one by one
@@ -191,7 +185,7 @@ class Scheduler:
             )
         stops = frozenset(sampling.stop_token_ids)
         stops = stops if sampling.ignore_eos else stops | self._eos_token_ids
-        self._check_vocabulary(sampling, stops)
+        check_modifiers(sampling, stops, self._vocab_size)
         self._num_unfinished += 1
         self._waiting.append(
             Sequence(
@@ -203,24 +197,6 @@ class Scheduler:
                 modifiers=Modifiers.of(sampling, prompt, stops),
             )
         )
-
-    def _check_vocabulary(self, sampling: SamplingParams, stops: frozenset[int]) -> None:
-        """Raise RequestError where modifiers name what is no token, or leave none to choose."""
-        named = [("logit_bias", token_id) for token_id in sampling.logit_bias]
-        banned = set(stops if sampling.min_tokens else ())
-        for word in sampling.bad_words:
-            if isinstance(word, str):
-                raise RequestError(f"bad_words has text, {word!r}; the engine takes token ids")
-            named += [("bad_words", token_id) for token_id in word]
-            banned.add(word[-1])
-        for name, token_id in named:
-            if token_id >= self._vocab_size:
-                raise RequestError(
-                    f"{name} has token id {token_id}, which is outside the vocabulary "
-                    f"(0 to {self._vocab_size - 1})"
-                )
-        if banned.issuperset(range(self._vocab_size)):
-            raise RequestError("bad_words and min_tokens leave no token to choose")
 
     def cancel(self, request_id: str) -> bool:
         """Drop a request without a result; False where there is none of that name."""

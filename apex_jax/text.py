@@ -59,12 +59,12 @@ class Tokenizer:
                 f"has {vocab_size}: they do not belong together"
             )
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of a completion prompt, special tokens (BOS) included.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Return the token ids of a text; a completion prompt's have special tokens (BOS).
 
         Raises RequestError where the text yields no token.
         """
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=True).ids)
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         if not ids:
             raise RequestError("prompt has no tokens: nothing in it is in the tokenizer")
         return ids

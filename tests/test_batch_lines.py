@@ -61,11 +61,35 @@ def test_both_formats_say_the_same():
         "seed": 9,
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
+        "min_p": 0.25,
+        "min_tokens": 2,
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"17": -100, "5": 2.5},
+        "bad_words": ["no", [3, 4]],
+        "logprobs": 5,
     }
     one, two = parse(plain(**fields)), parse(openai(**fields))
     assert one == two
     assert isinstance(one, BatchRequest)
-    assert one.sampling == SamplingParams(3, 0.0, 5, 0.5, 9, (1, 2), True)
+    assert one.sampling == SamplingParams(
+        max_tokens=3,
+        temperature=0.0,
+        top_k=5,
+        top_p=0.5,
+        seed=9,
+        stop_token_ids=(1, 2),
+        ignore_eos=True,
+        min_p=0.25,
+        min_tokens=2,
+        presence_penalty=-2.0,
+        frequency_penalty=0.5,
+        repetition_penalty=1.5,
+        logit_bias={17: -100.0, 5: 2.5},
+        bad_words=("no", (3, 4)),
+        logprobs=5,
+    )
     assert set(fields) == set(SAMPLING_FIELDS)
 
 
@@ -96,10 +120,14 @@ def test_hash_covers_the_resolved_request():
             plain(ignore_eos=True),
             plain(seed=1),
             plain(custom_id="b"),
+            plain(min_p=0.5),
+            plain(logit_bias={"1": 1}),
+            plain(bad_words=["x"]),
+            plain(logprobs=0),
             {"custom_id": "a", "prompt": [1, 2]},
         )
     ]
-    assert len({base.sha256, *others}) == 7
+    assert len({base.sha256, *others}) == 11
 
 
 @pytest.mark.parametrize(
@@ -161,13 +189,34 @@ def test_prompt_forms(prompt, expected):
             "stop is an array of 1, which this version does not do: use stop_token_",
         ),
         ({"stop": "x"}, "stop is 'x', which this version does not do"),
-        ({"logprobs": 0}, "logprobs is 0, which this version does not do"),
+        ({"logprobs": True}, "logprobs is true; it must be an integer"),
+        ({"logprobs": 21}, "logprobs is 21; it must be between 0 and 20"),
+        ({"top_logprobs": 2}, "unknown field 'top_logprobs': /v1/completions calls it logprobs"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs is 1, which this version does not do"),
         ({"echo": True}, "echo is true"),
         ({"suffix": "x"}, "suffix is 'x'"),
-        ({"logit_bias": {"1": 2}}, "logit_bias is an object of 1 fields"),
-        ({"presence_penalty": 0.5}, "presence_penalty is 0.5"),
-        ({"frequency_penalty": -1}, "frequency_penalty is -1"),
-        ({"min_p": 0.1}, "min_p is 0.1"),
+        ({"logit_bias": [1]}, "logit_bias is an array of 1; it must be an object of token ids to"),
+        ({"logit_bias": {"a": 2}}, "logit_bias has the key 'a', which is no token id"),
+        ({"logit_bias": {"-1": 2}}, "logit_bias has the key '-1', which is no token id"),
+        ({"logit_bias": {"9" * 10: 2}}, "logit_bias has the key '9999999999', which is no token"),
+        ({"logit_bias": {"7": 1, "07": 2}}, "logit_bias has token id 7 twice"),
+        ({"logit_bias": {"7": "x"}}, "logit_bias[7] is 'x'; it must be a number"),
+        ({"logit_bias": {"7": 101}}, "logit_bias[7] is 101.0; it must be between -100 and 100"),
+        (
+            {"logit_bias": {str(index): 1 for index in range(1025)}},
+            "logit_bias is a list of 1025; it must be one of at most 1024",
+        ),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be between -2 and 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3.0; it must be between -2 and 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0; it must be between 0.01 and 100"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must be between 0 and 1"),
+        ({"min_tokens": -1}, "min_tokens is -1; it must be between 0 and max_tokens, which is 16"),
+        ({"min_tokens": 17}, "min_tokens is 17; it must be between 0 and max_tokens, which is 16"),
+        ({"bad_words": "x"}, "bad_words is 'x'; it must be an array of texts or token ids"),
+        ({"bad_words": [""]}, "bad_words[0] is empty"),
+        ({"bad_words": ["x", []]}, "bad_words[1] is (); it must be text or token ids"),
+        ({"bad_words": [[1, "x"]]}, "bad_words[0][1] is 'x'; it must be an integer"),
+        ({"bad_words": [3]}, "bad_words[0] is 3; it must be a string"),
         ({"max_tokes": 3}, "unknown field 'max_tokes': did you mean max_tokens?"),
         ({"temprature": 3}, "unknown field 'temprature': did you mean temperature?"),
         ({"messages": []}, "unknown field 'messages': /v1/chat/completions is not served"),
@@ -279,7 +328,7 @@ def test_long_lines_differ_by_their_end():
 def test_every_sampling_parameter_has_a_reader():
     for field in dataclasses.fields(SamplingParams):
         assert field.name in BODY_FIELDS
-        refusal(plain(**{field.name: {}}))
+        refusal(plain(**{field.name: {"": 0}}))
 
 
 @given(JSON)

@@ -34,14 +34,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "stop": ([],),
-    "logprobs": (False,),
     "prompt_logprobs": (False,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
@@ -61,6 +54,7 @@ _REMEDIES: Mapping[str, str] = {
     "stop": "use stop_token_ids",
     "messages": "/v1/chat/completions is not served by this version: give prompt",
     "max_completion_tokens": "/v1/completions calls it max_tokens",
+    "top_logprobs": "/v1/completions calls it logprobs",
 }
 
 
@@ -170,6 +164,32 @@ def read_token_ids(name: str, value: object) -> tuple[int, ...]:
         if not 0 <= token_id < 2**31:
             raise RequestError(f"{name}[{index}] is {show(token_id)}, which is no token id")
     raise AssertionError("one of them is no token id")
+
+
+def read_logit_bias(name: str, value: object) -> dict[int, float]:
+    """Return `value`, an object of token ids, which JSON spells as text, and numbers."""
+    if not is_object(value):
+        raise RequestError(f"{name} is {show(value)}; it must be an object of token ids to numbers")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**31):
+            raise RequestError(f"{name} has the key {show(key)}, which is no token id")
+        if int(key) in biases:
+            raise RequestError(f"{name} has token id {int(key)} twice")
+        biases[int(key)] = read_number(f"{name}[{key}]", bias)
+    return biases
+
+
+def read_bad_words(name: str, value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Return `value`, an array of words, each a text or an array of token ids."""
+    if not is_array(value):
+        raise RequestError(f"{name} is {show(value)}; it must be an array of texts or token ids")
+    return tuple(
+        read_token_ids(f"{name}[{index}]", one)
+        if is_array(one)
+        else read_text(f"{name}[{index}]", one)
+        for index, one in enumerate(value)
+    )
 
 
 def read_prompt(body: Mapping[str, Any]) -> str | tuple[int, ...]:

@@ -18,7 +18,7 @@ from apex_jax.batch.protocol import BatchModel
 from apex_jax.config import Config
 from apex_jax.text import Tokenizer
 
-FORMAT = 1  # of output lines; another one does not resume
+FORMAT = 2  # of output lines; another one does not resume
 
 Identity = Mapping[str, Any]
 

@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 from apex_jax.batch.fields import (
     BODY_FIELDS,
     is_object,
+    read_bad_words,
     read_bool,
     read_int,
+    read_logit_bias,
     read_number,
     read_prompt,
     read_text,
@@ -207,10 +209,21 @@ def _parse_request(
     }
     for name, value in given.items():
         match name:
-            case "max_tokens" | "top_k" | "seed":
+            case "max_tokens" | "top_k" | "seed" | "min_tokens" | "logprobs":
                 values[name] = read_int(name, value)
-            case "temperature" | "top_p":
+            case (
+                "temperature"
+                | "top_p"
+                | "min_p"
+                | "presence_penalty"
+                | "frequency_penalty"
+                | "repetition_penalty"
+            ):
                 values[name] = read_number(name, value)
+            case "logit_bias":
+                values[name] = read_logit_bias(name, value)
+            case "bad_words":
+                values[name] = read_bad_words(name, value)
             case "stop_token_ids":
                 values[name] = read_token_ids(name, value)
             case "ignore_eos":

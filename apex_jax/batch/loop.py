@@ -5,14 +5,17 @@ may be resumed or of messages: job.py sets that up.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from apex_jax.batch.bad_words import resolve_bad_words
 from apex_jax.batch.id_index import IdIndex, id_key
 from apex_jax.batch.interruption import Interruption
 from apex_jax.batch.journal import Journal
 from apex_jax.batch.lines import BadLine, BatchRequest, RawLine, parse_line
+from apex_jax.batch.logprobs import TokenTexts, completion_logprobs
 from apex_jax.batch.progress import Progress
 from apex_jax.batch.protocol import BatchEngine
 from apex_jax.batch.reorder import ReorderBuffer
@@ -65,6 +68,7 @@ class JobLoop:
         self._config = config
         self._engine = engine
         self._tokenizer = tokenizer
+        self._token_texts = TokenTexts(_decode_within_text(tokenizer))
         self._lines = lines
         self._journal = journal
         self._index = index
@@ -161,7 +165,10 @@ class JobLoop:
                     "prompt_token_ids"
                 )
             prompt = self._tokenizer.encode(prompt)
-        return Request(entry.custom_id, prompt, entry.sampling)
+        encode = None
+        if self._tokenizer is not None:
+            encode = partial(self._tokenizer.encode, add_special_tokens=False)
+        return Request(entry.custom_id, prompt, resolve_bad_words(entry.sampling, encode))
 
     def _deliver(self, output: RequestOutput) -> None:
         """Write the line of a finished request."""
@@ -171,8 +178,17 @@ class JobLoop:
             # The token that stopped the output is among token_ids, but is no part of the text.
             shown = output.token_ids[: -1 if output.finish_reason == "stop" else None]
             text = self._tokenizer.decode_after(output.request.prompt_token_ids, shown)
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = completion_logprobs(output.token_ids, output.logprobs, self._token_texts)
         line = encode_result(
-            flight.request, output, text, self._engine.model.name, self._job_sha256, time.time()
+            flight.request,
+            output,
+            text,
+            logprobs,
+            self._engine.model.name,
+            self._job_sha256,
+            time.time(),
         )
         self._write(flight.ticket, line)
         self._statistics.add_result(output, flight.num_bytes)
@@ -185,3 +201,14 @@ class JobLoop:
         released = [line] if self._reorder is None else self._reorder.put(ticket, line)
         for one in released:
             self._journal.append(one)
+
+
+def _decode_within_text(tokenizer: Tokenizer | None) -> Callable[[tuple[int, ...]], str] | None:
+    """Return what decodes tokens as those in the midst of a text."""
+    if tokenizer is None:
+        return None
+    try:
+        before = tokenizer.encode("a", add_special_tokens=False)
+    except RequestError:  # no such letter
+        before = ()
+    return partial(tokenizer.decode_after, before)
