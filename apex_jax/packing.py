@@ -225,23 +225,23 @@ def unpack_head(packed_b9: Int[Array, "b 9"]) -> tuple[Int[Array, "b"], Sampling
     )
 
 
-def pack_logprobs(logprobs: Logprobs) -> Int32[Array, "b i"]:
+def pack_logprobs(logprobs: Logprobs) -> Int32[Array, "b c"]:
     """Return one array, for one transfer: the chosen token's, ids of the best, and theirs."""
     as_word = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
     chosen_b, ids_bi, top_bi = logprobs
     return jnp.concatenate([as_word(chosen_b)[:, None], ids_bi, as_word(top_bi)], axis=1)
 
 
-def unpack_logprobs(packed_bi: Int32[np.ndarray, "b i"]) -> tuple[TokenLogprobs, ...]:
+def unpack_logprobs(packed_bc: Int32[np.ndarray, "b c"]) -> tuple[TokenLogprobs, ...]:
     """Return the logprobs of each row, as views."""
-    num_best = packed_bi.shape[1] // 2
-    floats_bi = packed_bi.view(np.float32)
+    num_best = packed_bc.shape[1] // 2
+    floats_bc = packed_bc.view(np.float32)
     return tuple(
         TokenLogprobs(float(chosen), ids_i, top_i)
         for chosen, ids_i, top_i in zip(
-            floats_bi[:, 0],
-            packed_bi[:, 1 : 1 + num_best],
-            floats_bi[:, 1 + num_best :],
+            floats_bc[:, 0],
+            packed_bc[:, 1 : 1 + num_best],
+            floats_bc[:, 1 + num_best :],
             strict=True,
         )
     )

@@ -187,7 +187,7 @@ def modified_head(
     modifiers: ModifierArrays,
     *,
     with_logprobs: bool,
-) -> tuple[Int[Array, "b"], Int[Array, "b i"] | None, Int[Array, "slots"]]:
+) -> tuple[Int[Array, "b"], Int[Array, "b c"] | None, Int[Array, "slots"]]:
     """Do what `head` does with modified scores; `tokens_by_slot` may be donated.
 
     Also returns packed logprobs of the scores as they were, where they are wanted.
@@ -197,8 +197,8 @@ def modified_head(
     last_tokens_b = tokens_by_slot.at[slots_b].get(mode="clip")
     modified_bv = sampling.modify(logits_bv, last_tokens_b, *unpack_modifiers(modifiers))
     tokens_b = sampling.sample(modified_bv, rows)
-    logprobs_bi = pack_logprobs(sampling.logprobs(logits_bv, tokens_b)) if with_logprobs else None
-    return tokens_b, logprobs_bi, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
+    logprobs_bc = pack_logprobs(sampling.logprobs(logits_bv, tokens_b)) if with_logprobs else None
+    return tokens_b, logprobs_bc, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
 
 
 def export_pages(pages: LayerPages, page_ids_i: Int[Array, "i"]) -> Float[Array, "i k 2 z h"]:

@@ -1,6 +1,5 @@
 """What modifies scores, from the host's entries to the device's scores, against float64."""
 
-import functools
 import re
 
 import choices
@@ -50,22 +49,15 @@ MODIFIED = (
 )
 
 
-@functools.cache
-def programs():
-    """The device's part, for all tests: modified scores, and the tokens drawn from them."""
-
-    @jax.jit
-    def modify(logits_bv, last_tokens_b, arrays):
-        return sampling.modify(logits_bv, last_tokens_b, *unpack_modifiers(arrays))
-
-    return modify
+@jax.jit
+def modify_on_device(logits_bv, last_tokens_b, arrays):
+    return sampling.modify(logits_bv, last_tokens_b, *unpack_modifiers(arrays))
 
 
-def modify(logits_bv, last_tokens_b, head):
-    num_rows = len(logits_bv)
+def modify(logits_bv, last_tokens, head):
     num_entries = entry_bucket(0 if head.modifiers is None else len(head.modifiers.entries_e))
-    arrays = pack_modifiers(head, rows=num_rows, num_entries=num_entries)
-    return np.asarray(programs()(logits_bv, np.array(last_tokens_b, np.int32), arrays))
+    arrays = pack_modifiers(head, rows=len(logits_bv), num_entries=num_entries)
+    return np.asarray(modify_on_device(logits_bv, np.array(last_tokens, np.int32), arrays))
 
 
 def draw_text(rng):

@@ -123,12 +123,12 @@ class MovedHandle(_WithoutTokens):
 class TokensHandle:
     """Tokens sampled by a head, on their way to the host, and the rows of them that count.
 
-    logprobs_bi: packed, where the head computes them.
+    logprobs_bc: packed, where the head computes them.
     """
 
     tokens_b: Int[Array, "b"]
     rows_i: Int32[np.ndarray, "i"]
-    logprobs_bi: Int[Array, "b i"] | None = None
+    logprobs_bc: Int[Array, "b c"] | None = None
 
     @property
     def marker(self) -> Any:
@@ -136,9 +136,9 @@ class TokensHandle:
 
     def read(self) -> Sampled:
         tokens_i = np.asarray(self.tokens_b)[self.rows_i]
-        if self.logprobs_bi is None:
+        if self.logprobs_bc is None:
             return Sampled(tokens_i)
-        return Sampled(tokens_i, unpack_logprobs(np.asarray(self.logprobs_bi)[self.rows_i]))
+        return Sampled(tokens_i, unpack_logprobs(np.asarray(self.logprobs_bc)[self.rows_i]))
 
 
 DeviceHandle = (

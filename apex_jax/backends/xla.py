@@ -293,11 +293,11 @@ class XlaBackend:
         key = ProgramKey(name, (rows, entry_bucket(num_entries)))
         modifiers = packing.pack_modifiers(batch, rows=rows, num_entries=key.shape[1])
         program = self._programs.modified_head(key)
-        tokens_b, logprobs_bi, self._tokens_by_slot = program(*operands, modifiers)
-        for array in (tokens_b, logprobs_bi):
+        tokens_b, logprobs_bc, self._tokens_by_slot = program(*operands, modifiers)
+        for array in (tokens_b, logprobs_bc):
             if array is not None:
                 array.copy_to_host_async()
-        return TokensHandle(tokens_b, batch.rows_b, logprobs_bi)
+        return TokensHandle(tokens_b, batch.rows_b, logprobs_bc)
 
     # Prompts bound for the host, and pages that change lanes
 
