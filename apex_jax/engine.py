@@ -33,10 +33,10 @@ from apex_jax.models import weights
 from apex_jax.models.hf_config import ModelFolder, read_model_folder
 from apex_jax.ops import native_library
 from apex_jax.placement import choose_device, choose_dtype, describe_plan, format_size
-from apex_jax.policies import cohort_rows, make_policy
 from apex_jax.programs import Programs, span_of_layers
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
+from apex_jax.strategies import cohort_rows, make_policy
 from apex_jax.timeline import Timeline
 
 REPORT_SEC = 2.0

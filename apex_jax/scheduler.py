@@ -31,7 +31,7 @@ from apex_jax.plan import (
     Sampled,
     SweepPlan,
 )
-from apex_jax.policies import DeviceLoad, DeviceOnly, Policy
+from apex_jax.policies import DeviceOnly, Load, Policy
 from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
 from apex_jax.sequence import Lane, Sequence
 
@@ -430,7 +430,10 @@ class Scheduler:
             return
         candidates: list[Sequence] = []
         num_staging_pages = 0
+        limit = self._policy.max_host_rows
         for sequence in self._waiting:
+            if limit is not None and len(host.sequences) + len(candidates) >= limit:
+                break
             num_staging_pages += num_pages_for(sequence.num_tokens, self.page_size)
             if sequence.num_unread or num_staging_pages > shapes.num_staging_pages:
                 break
@@ -479,26 +482,15 @@ class Scheduler:
         self, decoding: list[Sequence], prefill: PrefillBatch | None
     ) -> tuple[CohortBatch, ...]:
         """Let idle cohorts begin a token, with the rows that the policy gives them."""
-        host, shapes, policy = self._host, self._buckets, self._policy
-        if host is None or shapes is None:
+        host, policy = self._host, self._policy
+        if host is None:
             return ()
         idle = [one for one in range(policy.max_cohorts) if one not in self._cohorts]
         rows = self._grow_host_rows(host) if idle else []
-        if not rows:
-            return ()
-        members = policy.form(
-            idle,
-            [sequence.num_tokens for sequence in rows],
-            sum(map(len, self._cohorts.values())),
-            shapes.cohort_rows[-1],
-            DeviceLoad(
-                num_rows=len(decoding),
-                num_tokens=sum(sequence.num_tokens for sequence in decoding),
-                num_prompt_tokens=prefill.token_ids_bt.size if prefill is not None else 0,
-            ),
-        )
+        load = self._load(decoding, prefill, rows, idle)
+        policy.consider(load)
         batches: list[CohortBatch] = []
-        for cohort_id, indices in members.items():
+        for cohort_id, indices in policy.form(load).items() if rows else ():
             cohort = [rows[index] for index in indices]
             head = _head(range(len(cohort)), cohort)
             batches.append(CohortBatch(cohort_id, self._take_step(cohort, host), head))
@@ -506,6 +498,31 @@ class Scheduler:
                 sequence.cohort_id = cohort_id
             self._cohorts[cohort_id] = cohort
         return tuple(batches)
+
+    def _load(
+        self,
+        decoding: list[Sequence],
+        prefill: PrefillBatch | None,
+        rows: list[Sequence],
+        idle: list[int],
+    ) -> Load:
+        """Describe the sweep that is being planned; rows: of the host, without a token under way."""
+        assert self._buckets is not None
+        settled = self._device.sequences
+        under_way = list(itertools.chain.from_iterable(self._cohorts.values()))
+        return Load(
+            num_rows=len(decoding),
+            num_tokens=sum(sequence.num_tokens for sequence in decoding),
+            num_prompt_tokens=prefill.token_ids_bt.size if prefill is not None else 0,
+            num_settled_rows=len(settled),
+            num_settled_tokens=sum(sequence.num_tokens for sequence in settled),
+            num_waiting=len(self._waiting),
+            lengths=[sequence.num_tokens for sequence in rows],
+            num_under_way=len(under_way),
+            num_tokens_under_way=sum(sequence.num_tokens for sequence in under_way),
+            idle_cohorts=idle,
+            max_rows=self._buckets.cohort_rows[-1],
+        )
 
     def _grow_host_rows(self, host: LaneRoom) -> list[Sequence]:
         """Return the host-lane sequences between two tokens that have a page for the next."""

@@ -25,8 +25,9 @@ from apex_jax.engine import Engine
 from apex_jax.hardware import Handle, Job, Layers, Stage, StagedLayer, name_of
 from apex_jax.memory import MAX_TRANSIT_PAGES
 from apex_jax.plan import PrefillBatch
-from apex_jax.policies import Policy, make_policy
+from apex_jax.policies import Policy
 from apex_jax.scheduler import Scheduler
+from apex_jax.strategies import make_policy
 from apex_jax.timeline import Timeline
 from apex_jax.trace import LANES
 

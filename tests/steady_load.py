@@ -10,7 +10,7 @@ import numpy as np
 
 from apex_jax.dispatch import SweepHandle
 from apex_jax.plan import CohortBatch, DecodeBatch, HeadBatch, SweepPlan
-from apex_jax.policies import DeviceLoad, Policy
+from apex_jax.policies import Load, Policy
 from apex_jax.request import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -45,15 +45,21 @@ class SteadyLoad:
 
     def plan_sweep(self) -> SweepPlan:
         device_rows = list(range(self.num_device_rows))
-        load = DeviceLoad(len(device_rows), int(self._lengths[device_rows].sum()), 0)
-        idle = [one for one in range(self._policy.max_cohorts) if one not in self._cohorts]
-        members = self._policy.form(
-            idle,
-            self._lengths[self._idle_rows].tolist(),
-            sum(map(len, self._cohorts.values())),
-            self._max_cohort_rows,
-            load,
+        num_tokens = int(self._lengths[device_rows].sum())
+        load = Load(
+            num_rows=len(device_rows),
+            num_tokens=num_tokens,
+            num_settled_rows=len(device_rows),
+            num_settled_tokens=num_tokens,
+            lengths=self._lengths[self._idle_rows].tolist(),
+            num_under_way=sum(map(len, self._cohorts.values())),
+            idle_cohorts=[
+                one for one in range(self._policy.max_cohorts) if one not in self._cohorts
+            ],
+            max_rows=self._max_cohort_rows,
         )
+        self._policy.consider(load)
+        members = self._policy.form(load)
         begun = {one: [self._idle_rows[index] for index in rows] for one, rows in members.items()}
         self._cohorts |= begun
         under_way = {row for rows in self._cohorts.values() for row in rows}

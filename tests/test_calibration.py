@@ -45,8 +45,8 @@ def test_known_times_are_found(num_host_pages, most_tokens):
         assert found.linear(num_rows) == pytest.approx(TRUE.linear(num_rows), rel=0.02)
     assert found.pre_share == pytest.approx(TRUE.pre_share, rel=0.02)
     for num_tokens in (100, 1000):
-        assert found.device_attention(num_tokens) == pytest.approx(
-            TRUE.device_attention(num_tokens), rel=0.02
+        assert found.device_attention(2, num_tokens) == pytest.approx(
+            TRUE.device_attention(2, num_tokens), rel=0.02
         )
     assert found.host_attention(2, most_tokens) == pytest.approx(
         TRUE.host_attention(2, most_tokens), rel=0.02

@@ -26,6 +26,7 @@ from apex_jax.hardware import (
     StagedLayer,
     WritePages,
 )
+from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.plan import (
     CohortBatch,
     DecodeBatch,
@@ -36,7 +37,7 @@ from apex_jax.plan import (
     PrefillBatch,
     SweepPlan,
 )
-from apex_jax.policies import Action, AsymmetricPipelining, DeviceOnly, Merging
+from apex_jax.policies import Action, DeviceOnly, Fixed, Merging
 
 NUM_LAYERS, SPAN, PAGE_SIZE, PAGES_PER_ROW = 6, 2, 4, 16
 
@@ -46,7 +47,7 @@ def ints(*values):
 
 
 @dataclass
-class Scripted:
+class Scripted(Fixed):
     """A policy that a test dictates; `views` are what it was asked about."""
 
     decide: object
@@ -54,6 +55,7 @@ class Scripted:
     uses_device_lane: bool = True
     passes: int | None = None
     entry_spacing: int = 0
+    max_cohort_rows: int | None = None
     views: list = field(default_factory=list)
 
     form = Merging.form

@@ -15,8 +15,9 @@ from paper_loop import PAGE_SIZE, Loop, check, make_request
 from apex_jax.buckets import HostLimits, choose
 from apex_jax.cost_model import StageTimes
 from apex_jax.hardware import HostAttention
+from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.plan import Direction
-from apex_jax.policies import AsymmetricPipelining, Merging
+from apex_jax.policies import Merging
 from apex_jax.scheduler import Scheduler
 
 pytestmark = pytest.mark.usefixtures("without_annotations_checked")

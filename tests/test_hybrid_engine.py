@@ -28,8 +28,9 @@ from small_engines import (
 
 from apex_jax.cost_model import StageTimes
 from apex_jax.models import weights
+from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.plan import Direction
-from apex_jax.policies import AsymmetricPipelining, DeviceOnly, Merging, Policy
+from apex_jax.policies import DeviceOnly, Merging, Policy
 from apex_jax.request import Request, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("without_annotations_checked")

@@ -12,7 +12,8 @@ from simulated_loop import SimulatedLoop, measure
 
 from apex_jax.config import LlamaConfig
 from apex_jax.cost_model import Hardware, StageTimes
-from apex_jax.policies import AsymmetricPipelining, DeviceOnly, Merging
+from apex_jax.pipelining import AsymmetricPipelining
+from apex_jax.policies import DeviceOnly, Merging
 
 pytestmark = pytest.mark.usefixtures("without_annotations_checked")
 
@@ -220,7 +221,7 @@ def fixed_length(times, num_rows, num_tokens):
         linear_sec=times.linear_sec,
         linear_sec_per_row=times.linear_sec_per_row,
         pre_share=times.pre_share,
-        device_attention_sec=times.device_attention(num_rows * num_tokens),
+        device_attention_sec=times.device_attention(num_rows, num_rows * num_tokens),
         host_row_sec=times.host_attention(1, num_tokens),
         transfer_sec_per_row=times.transfer_sec_per_row,
         head_sec=times.head_sec,
@@ -229,7 +230,7 @@ def fixed_length(times, num_rows, num_tokens):
 
 def test_the_times_of_a_t4_follow_from_its_data_sheet():
     assert T4.linear(T4_ROWS) == pytest.approx(1.76e-3, rel=0.01)
-    assert T4.device_attention(T4_ROWS * T4_TOKENS) == pytest.approx(0.17e-3, rel=0.01)
+    assert T4.device_attention(T4_ROWS, T4_ROWS * T4_TOKENS) == pytest.approx(0.17e-3, rel=0.01)
     assert T4.host_attention(1, T4_TOKENS) == pytest.approx(0.47e-3, rel=0.01)
     sweep_sec = measure(fixed_length(T4, T4_ROWS, T4_TOKENS), DeviceOnly(), T4_ROWS, 0).sweep_sec
     assert sweep_sec == pytest.approx(63e-3, rel=0.01)
@@ -252,7 +253,7 @@ def test_the_times_of_a_t4_follow_from_its_data_sheet():
 )
 def test_the_prototypes_table_for_a_t4(policy, host_rows, expected):
     times = fixed_length(T4, T4_ROWS, T4_TOKENS)
-    alone = T4_ROWS / (32 * (times.linear(6) + times.device_attention(1)) + times.head_sec)
+    alone = T4_ROWS / (32 * (times.linear(6) + times.device_attention(6, 1)) + times.head_sec)
     steady = measure(times, policy, T4_ROWS, host_rows, num_tokens=8)
     assert steady.rate / alone == pytest.approx(expected, rel=0.03)
     cap = 1 + 1 / (times.host_row_sec * 32) / alone
