@@ -1,7 +1,7 @@
 """Bad words from text to token ids.
 
 Owns which spellings of a word are forbidden: the one that begins a text and the one that follows a
-space, as vLLM has it. Called before a request is submitted, since the engine knows no text.
+space, as in vLLM. Called before a request is submitted, since the engine knows no text.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def resolve_bad_words(
         if not isinstance(word, str):
             words.append(word)
             continue
-        bare = word.lstrip()
+        bare = word.lstrip(" ") or word
         spellings = [tuple(encode(text)) for text in (bare, f" {bare}")]
         if not any(spellings):
             raise RequestError(f"bad_words has {word!r}, which the tokenizer has no tokens for")
