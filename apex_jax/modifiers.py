@@ -74,18 +74,15 @@ class ModifierBatch:
             return None
         plain = SamplingParams()
         sampling = [plain if one is None else one.sampling for one in changes]
-        entries: list[Entries] = []
-        for row, one in zip(rows, changes, strict=True):
-            if one is not None:
-                of_row = one.entries_e.copy()
-                of_row["row"] = row
-                entries.append(of_row)
+        parts = [np.zeros(0, ENTRY) if one is None else one.entries_e for one in changes]
+        entries_e = _concatenate(parts)
+        entries_e["row"] = np.repeat(np.array(rows, np.int32), [len(part) for part in parts])
         return ModifierBatch(
             np.array([one.presence_penalty for one in sampling], np.float32),
             np.array([one.frequency_penalty for one in sampling], np.float32),
             np.array([one.repetition_penalty for one in sampling], np.float32),
             np.array([one is not None and one.is_counting for one in changes], np.bool_),
-            np.concatenate(entries),
+            entries_e,
         )
 
     def after(self, num_rows: int) -> "ModifierBatch":
@@ -100,8 +97,9 @@ def join_modifiers(batches: Sequence[ModifierBatch]) -> ModifierBatch:
     columns = {
         field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
         for field in dataclasses.fields(ModifierBatch)
+        if field.name != "entries_e"
     }
-    return ModifierBatch(**columns)
+    return ModifierBatch(**columns, entries_e=_concatenate([one.entries_e for one in batches]))
 
 
 class Modifiers:
@@ -166,7 +164,7 @@ class Modifiers:
             parts.append(self._stops)
         if self._words:
             parts.append(self._words_at_hand(has_unread=num_unread == 1))
-        entries_e = np.concatenate(parts)
+        entries_e = _concatenate(parts)
         is_counting = self._is_counting and num_unread == 1
         if not is_counting and not len(entries_e):
             return None
@@ -215,6 +213,11 @@ def check_modifiers(
             )
     if banned.issuperset(range(vocab_size)):
         raise RequestError("bad_words and min_tokens leave no token to choose")
+
+
+def _concatenate(parts: Sequence[Entries]) -> Entries:
+    """Return entries as one array; as words, since NumPy copies records one by one."""
+    return np.concatenate([part.view(np.int32) for part in parts]).view(ENTRY)
 
 
 def _masks(pairs: Iterable[tuple[int, int]]) -> Entries:
