@@ -215,7 +215,7 @@ def check_modifiers(
         raise RequestError("bad_words and min_tokens leave no token to choose")
 
 
-def _concatenate(parts: Sequence[Entries]) -> Entries:
+def _concatenate(parts: Sequence[Shaped[np.ndarray, "_"]]) -> Entries:
     """Return entries as one array; as words, since NumPy copies records one by one."""
     return np.concatenate([part.view(np.int32) for part in parts]).view(ENTRY)
 
