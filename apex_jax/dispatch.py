@@ -426,8 +426,9 @@ class Dispatch:
                 while not self._has_transit_room(len(part.host_pages_i)):
                     self._wait([self._transit[0][1]])
                 self._to_host(layer, part.staging_pages_i, part.host_pages_i, from_staging=True)
-        if part.head is not None:
-            sweep.heads += self._enqueue(Head((part.head,)), self._host_prefill[-1])
+        for index, head in part.heads:
+            sweep.heads += self._enqueue(Head((head,)), self._host_prefill[index])
+        if part.heads:
             self._host_prefill = []
 
     def _to_host(

@@ -101,8 +101,13 @@ class Lowering:
             )
             yield self._trace(name, (rows,), function, *self._head_arguments(rows))
 
-    def modified_head(self, key: ProgramKey) -> jax.stages.Lowered:
-        """Trace a head that few jobs need, for a bucket of rows and one of entries."""
+    def late(self, key: ProgramKey) -> jax.stages.Lowered:
+        """Trace a stage that few jobs need.
+
+        head_modified, head_logprobs: by rows and entries. prompt_logprobs: by the chunk's shape.
+        """
+        if key.stage == "prompt_logprobs":
+            return self._prompt_logprobs(key)
         rows, num_entries = key.shape
         function = jax.jit(
             partial(
@@ -115,6 +120,14 @@ class Lowering:
         modifiers = ModifierArrays(_ints(rows, 4), _ints(num_entries, 6))
         arguments = (*self._head_arguments(rows), modifiers)
         return self._trace(key.stage, key.shape, function, *arguments)[1]
+
+    def _prompt_logprobs(self, key: ProgramKey) -> jax.stages.Lowered:
+        # As many tokens at once as the largest head has rows: no more scratch than that takes.
+        score = partial(stages.prompt_logprobs, self._norm_graph, self._buckets.rows[-1])
+        norm, output_vd, *_ = self._head_arguments(self._buckets.rows[0])
+        x_btd, next_ids_bt = self._floats(*key.shape, self._model.d_model), _ints(*key.shape)
+        arguments = (norm, output_vd, x_btd, next_ids_bt)
+        return self._trace(key.stage, key.shape, jax.jit(score), *arguments)[1]
 
     def _head_arguments(self, rows: int) -> tuple[Any, ...]:
         own = self._weights.output

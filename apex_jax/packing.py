@@ -8,7 +8,7 @@ rows carry slots and page ids past the end, which scatters drop.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -145,9 +145,10 @@ def join_heads(batches: Sequence[HeadBatch]) -> tuple[HeadBatch, tuple[int, ...]
     Of a group only the rows up to the last that is sampled have a place: the rest may be
     overwritten by the next group.
     """
+    assert all(batch.prompt is None for batch in batches), "a chunk has its head to itself"
     num_rows = [int(batch.rows_b.max(initial=-1)) + 1 for batch in batches]
     *firsts, total = itertools.accumulate(num_rows, initial=0)
-    columns = {
+    columns: dict[str, Any] = {
         field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
         for field in dataclasses.fields(HeadBatch)
         if field.name.endswith(("_b", "_b2"))

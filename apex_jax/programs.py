@@ -1,9 +1,8 @@
 """The executables: every stage compiled ahead of time for every bucket.
 
 Owns compiling in parallel and the executables; lowering.py says what there is to compile. Knows
-shapes only, so it can work before any weight is loaded. Only a head that modifies scores or reports
-logprobs is compiled when a request first needs it, for most jobs never do. Called by the xla
-backend.
+shapes only, so it can work before any weight is loaded. What modifies scores or reports logprobs is
+compiled when a request first needs it, since most jobs never do. Called by the xla backend.
 """
 
 import concurrent.futures
@@ -60,12 +59,12 @@ class Programs:
     def __getitem__(self, key: ProgramKey) -> Any:
         return self._executables[key]
 
-    def modified_head(self, key: ProgramKey) -> Any:
-        """Return a head of Lowering.modified_head; the first time it is compiled, which waits."""
+    def late(self, key: ProgramKey) -> Any:
+        """Return a program of Lowering.late; the first time it is compiled, which waits."""
         executable = self._executables.get(key)
         if executable is None:
             start_sec = time.perf_counter()
-            executable = self._executables[key] = self._lowering.modified_head(key).compile()
+            executable = self._executables[key] = self._lowering.late(key).compile()
             self.compile_sec[key] = time.perf_counter() - start_sec
             self._on_late(f"compiled {key}, which no request before needed")
         return executable

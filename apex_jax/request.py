@@ -42,7 +42,8 @@ class SamplingParams:
     bad_words: never in the output; a word of several tokens loses its last where the others stand.
     Text has to become token ids before a request is submitted. logprobs: how many of the best
     tokens are reported beside each one of the output, with the logarithms of the probabilities that
-    the model itself gave them; None reports nothing.
+    the model itself gave them; None reports nothing. prompt_logprobs: the same of the prompt's
+    tokens, from the second on.
     """
 
     max_tokens: int = 16
@@ -60,6 +61,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, ok, right in (*self._numbers(), *self._lists()):
@@ -78,7 +80,7 @@ class SamplingParams:
         most_minimum = f"between 0 and max_tokens, which is {self.max_tokens}"
         # Of a wider range float32 scores would not come back finite.
         repetition_range = "between 0.01 and 100 (1 is off)"
-        num_logprobs = 0 if self.logprobs is None else self.logprobs
+        num_best = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
         return (
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100"),
@@ -95,11 +97,9 @@ class SamplingParams:
                 0.01 <= self.repetition_penalty <= 100,
                 repetition_range,
             ),
-            (
-                "logprobs",
-                self.logprobs,
-                0 <= num_logprobs <= MAX_LOGPROBS,
-                f"between 0 and {MAX_LOGPROBS}",
+            *(
+                (name, count, 0 <= (count or 0) <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+                for name, count in num_best.items()
             ),
         )
 
@@ -117,15 +117,20 @@ class SamplingParams:
 
 
 class TokenLogprobs(NamedTuple):
-    """What the model itself thought of a token of the output, and of its alternatives.
+    """What the model itself thought of a token, and of its alternatives.
 
     Logarithms of probabilities before temperature, penalties and cuts. logprob: of the token that
-    was chosen. top_ids_i, top_logprobs_i: of the best tokens, best first.
+    stands there. top_ids_i, top_logprobs_i: of the best tokens, best first.
     """
 
     logprob: float
     top_ids_i: Int32[np.ndarray, "i"]
     top_logprobs_i: Float32[np.ndarray, "i"]
+
+    def cut(self, num_best: int) -> "TokenLogprobs":
+        """Return a copy with so many alternatives."""
+        best = self.top_ids_i[:num_best].copy(), self.top_logprobs_i[:num_best].copy()
+        return TokenLogprobs(self.logprob, *best)
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class RequestOutput:
 
     Times are seconds on the engine's clock; `token_ids` includes a stop token where one ended it.
     num_host_tokens: how many of them were decoded in the host lane. logprobs: of each token, where
-    the request asks for them.
+    the request asks for them; prompt_logprobs: likewise, of each token of the prompt but the first.
     """
 
     request: Request
@@ -155,6 +160,7 @@ class RequestOutput:
     num_preemptions: int
     num_host_tokens: int
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def ttft_sec(self) -> float:

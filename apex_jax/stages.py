@@ -8,6 +8,7 @@ what the host is sent (`qkv_bjh`, exported pages) must not be.
 import itertools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -199,6 +200,29 @@ def modified_head(
     tokens_b = sampling.sample(modified_bv, rows)
     logprobs_bc = pack_logprobs(sampling.logprobs(logits_bv, tokens_b)) if with_logprobs else None
     return tokens_b, logprobs_bc, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
+
+
+def prompt_logprobs(
+    norm_graph: nnx.GraphDef[RMSNorm],
+    num_rows: int,
+    norm: State,
+    output_vd: Float[Array, "v d"],
+    x_btd: Float[Array, "b t d"],
+    next_ids_bt: Int[Array, "b t"],
+) -> Int[Array, "b t c"]:
+    """Return packed logprobs of what follows each token of a chunk, `num_rows` tokens at a time."""
+    b, t, d = x_btd.shape
+    padding = -(b * t) % num_rows
+    x_std = jnp.pad(x_btd.reshape(-1, d), ((0, padding), (0, 0))).reshape(-1, num_rows, d)
+    next_ids_sr = jnp.pad(next_ids_bt.reshape(-1), (0, padding)).reshape(-1, num_rows)
+
+    def score(part: tuple[Float[Array, "r d"], Int[Array, "r"]]) -> Int[Array, "r c"]:
+        x_rd, next_ids_r = part
+        logits_rv = next_token_logits(x_rd, nnx.merge(norm_graph, norm), output_vd)
+        return pack_logprobs(sampling.logprobs(logits_rv, next_ids_r))
+
+    packed_src = jax.lax.map(score, (x_std, next_ids_sr))
+    return packed_src.reshape(-1, packed_src.shape[-1])[: b * t].reshape(b, t, -1)
 
 
 def export_pages(pages: LayerPages, page_ids_i: Int[Array, "i"]) -> Float[Array, "i k 2 z h"]:

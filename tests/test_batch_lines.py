@@ -69,6 +69,7 @@ def test_both_formats_say_the_same():
         "logit_bias": {"17": -100, "5": 2.5},
         "bad_words": ["no", [3, 4]],
         "logprobs": 5,
+        "prompt_logprobs": 0,
     }
     one, two = parse(plain(**fields)), parse(openai(**fields))
     assert one == two
@@ -89,6 +90,7 @@ def test_both_formats_say_the_same():
         logit_bias={17: -100.0, 5: 2.5},
         bad_words=("no", (3, 4)),
         logprobs=5,
+        prompt_logprobs=0,
     )
     assert set(fields) == set(SAMPLING_FIELDS)
 
@@ -192,7 +194,7 @@ def test_prompt_forms(prompt, expected):
         ({"logprobs": True}, "logprobs is true; it must be an integer"),
         ({"logprobs": 21}, "logprobs is 21; it must be between 0 and 20"),
         ({"top_logprobs": 2}, "unknown field 'top_logprobs': /v1/completions calls it logprobs"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs is 1, which this version does not do"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1; it must be between 0 and 20"),
         ({"echo": True}, "echo is true"),
         ({"suffix": "x"}, "suffix is 'x'"),
         ({"logit_bias": [1]}, "logit_bias is an array of 1; it must be an object of token ids to"),

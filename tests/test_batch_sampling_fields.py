@@ -9,7 +9,7 @@ from batch_files import Job, read_output, write_byte_tokenizer, write_lines
 from fake_engine import FakeEngine
 
 from apex_jax.batch.bad_words import resolve_bad_words
-from apex_jax.batch.logprobs import TokenTexts, completion_logprobs
+from apex_jax.batch.logprobs import TokenTexts, completion_logprobs, prompt_logprobs
 from apex_jax.request import (
     FinishReason,
     RequestError,
@@ -76,6 +76,18 @@ def test_logprobs_are_in_the_form_of_the_completions_api():
     }
 
 
+def test_prompt_logprobs_are_in_the_form_of_vllm():
+    of_tokens = [logprobs_of(-2.0, t1=-0.5), logprobs_of(-0.25, t0=-0.25)]
+    assert prompt_logprobs([0, 4, 0], of_tokens, TokenTexts(decode)) == [
+        None,
+        {
+            "4": {"logprob": -2.0, "decoded_token": "token_id:4"},
+            "1": {"logprob": -0.5, "decoded_token": " b"},
+        },
+        {"0": {"logprob": -0.25, "decoded_token": "a"}},
+    ]
+
+
 class Reporting(FakeEngine):
     """Answers "bc" and its end, with a logprob for each token."""
 
@@ -84,8 +96,11 @@ class Reporting(FakeEngine):
         self.asked = request.sampling
         of_token = logprobs_of(-1.5, t65=-0.5)
         logprobs = None if request.sampling.logprobs is None else (of_token,) * 3
+        prompt = (of_token,) if logprobs else None
         times = (0.0, 1.0, 2.0)
-        return [RequestOutput(request, (66, 67, 257), FinishReason.STOP, *times, 0, 0, logprobs)]
+        return [
+            RequestOutput(request, (66, 67, 257), FinishReason.STOP, *times, 0, 0, logprobs, prompt)
+        ]
 
 
 def test_a_job_takes_bad_words_and_gives_logprobs(tmp_path):
@@ -96,12 +111,16 @@ def test_a_job_takes_bad_words_and_gives_logprobs(tmp_path):
     assert job.run(engine=Reporting) == 0
     plain, asked = sorted(read_output(job.output), key=lambda line: -line["apex"]["line"])
     assert plain["response"]["body"]["choices"][0]["logprobs"] is None
+    assert "prompt_logprobs" not in plain["response"]["body"]["choices"][0]
     assert asked["apex"]["sampling"]["bad_words"] == ["no"]
     choice = asked["response"]["body"]["choices"][0]
     texts = [tokenizer.decode_after((), (token,)) for token in (65, 66, 67)]
     assert choice["logprobs"]["tokens"] == [*texts[1:], "token_id:257"]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2]
     assert choice["logprobs"]["top_logprobs"][0] == {texts[0]: -0.5, texts[1]: -1.5}
+    [nothing, of_prompt] = choice["prompt_logprobs"]
+    assert nothing is None
+    assert of_prompt["65"] == {"logprob": -0.5, "decoded_token": texts[0]}
     # The engine was asked last for the line that came first.
     words = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("no", " no")]
     assert job.engine.asked.bad_words == tuple(words)

@@ -403,7 +403,9 @@ def host_prefill_parts(prompt, *, chunk_tokens, units_per_part, slot, host_pages
             end_unit=end,
             staging_pages_i=staging,
             host_pages_i=np.array(host_pages[:num_pages], np.int32),
-            head=head(row=0, slot=slot, position=len(prompt)) if end == num_units else None,
+            heads=((len(chunks) - 1, head(row=0, slot=slot, position=len(prompt))),)
+            if end == num_units
+            else (),
         )
         for first, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
@@ -448,7 +450,7 @@ def test_a_host_prompt_goes_on_beside_device_rows_and_a_cohort():
         )
         rows = play.load.note_launched(handle)
         tokens = play.dispatch.read(handle).tokens_b.tolist()
-        if part.head is not None:
+        if part.heads:
             assert [tokens.pop(0)] == expected_output(PROMPT, 1, frozenset())
         for row, token in zip(rows, tokens, strict=True):
             play.sequences[row].append(token)

@@ -32,6 +32,8 @@ MODIFIED = (
     {"min_tokens": 9, "stop_token_ids": STOPS},
     {"min_p": 0.2, "logprobs": 20},
     {"presence_penalty": -1.5, "repetition_penalty": 1.1, "min_tokens": 5, "logit_bias": {7: 1.0}},
+    {"prompt_logprobs": 0},
+    {"prompt_logprobs": 3, "logprobs": 3, "frequency_penalty": 0.2},
 )
 
 
@@ -102,22 +104,25 @@ def test_tokens_are_what_float64_chooses(way):
 
 
 def assert_logprobs_are_the_models(output):
-    """Those of the model itself, whatever modified the scores."""
-    num_best = output.request.sampling.logprobs
-    if num_best is None:
-        assert output.logprobs is None
-        return
-    prompt = list(output.request.prompt_token_ids)
+    """Those of the model itself, whatever modified the scores; of the prompt's tokens as well."""
+    prompt, params = list(output.request.prompt_token_ids), output.request.sampling
     logits_tv = reference.logits(MODEL, tensors(), [*prompt, *output.token_ids[:-1]])
-    logits_tv = logits_tv[len(prompt) - 1 :]
     exact_tv = logits_tv - np.log(np.exp(logits_tv).sum(-1, keepdims=True))
-    assert len(output.logprobs) == len(output.token_ids)
-    for exact_v, token, got in zip(exact_tv, output.token_ids, output.logprobs, strict=True):
-        assert got.logprob == pytest.approx(exact_v[token], abs=1e-4)
-        assert got.top_ids_i.shape == got.top_logprobs_i.shape == (num_best,)
-        np.testing.assert_allclose(got.top_logprobs_i, exact_v[got.top_ids_i], atol=1e-4)
-        best = np.sort(exact_v)[::-1][:num_best]
-        np.testing.assert_allclose(got.top_logprobs_i, best, atol=1e-4)
+    num_first = len(prompt) - 1
+    for num_best, tokens, exact, found in (
+        (params.logprobs, output.token_ids, exact_tv[num_first:], output.logprobs),
+        (params.prompt_logprobs, prompt[1:], exact_tv[:num_first], output.prompt_logprobs),
+    ):
+        if num_best is None:
+            assert found is None
+            continue
+        assert len(found) == len(tokens)
+        for exact_v, token, got in zip(exact, tokens, found, strict=True):
+            assert got.logprob == pytest.approx(exact_v[token], abs=1e-4)
+            assert got.top_ids_i.shape == got.top_logprobs_i.shape == (num_best,)
+            np.testing.assert_allclose(got.top_logprobs_i, exact_v[got.top_ids_i], atol=1e-4)
+            best = np.sort(exact_v)[::-1][:num_best]
+            np.testing.assert_allclose(got.top_logprobs_i, best, atol=1e-4)
 
 
 def test_requests_without_modifiers_do_not_notice_their_neighbours():

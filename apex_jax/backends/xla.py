@@ -27,6 +27,7 @@ from apex_jax.backends.handles import (
     ImportedHandle,
     MovedHandle,
     PagesHandle,
+    PromptHandle,
     TokensHandle,
 )
 from apex_jax.backends.host_lane import HostLane
@@ -254,7 +255,7 @@ class XlaBackend:
             assert group.x_bd is not None
             groups_bd.append(group.x_bd)
         if len(groups) == 1:
-            return (self._sample(batches[0], groups_bd[0], len(groups_bd[0])),)
+            return (self._head_of_one(batches[0], groups[0]),)
         assert self._buckets.host is not None
         joint, firsts, num_rows = packing.join_heads(batches)
         head_sizes = self._buckets.host.head_rows
@@ -272,6 +273,20 @@ class XlaBackend:
             dataclasses.replace(sampled, rows_i=batch.rows_b + np.int32(first))
             for batch, first in zip(batches, firsts, strict=True)
         )
+
+    def _head_of_one(self, batch: HeadBatch, group: Handle) -> TokensHandle:
+        """Sample a group by itself, and score its prompts' tokens where that is wanted."""
+        assert isinstance(group, HiddenHandle)
+        assert group.x_bd is not None
+        if batch.prompt is None:
+            return self._sample(batch, group.x_bd, len(group.x_bd))
+        next_ids_bt = np.zeros(group.x.shape[:2], np.int32)
+        next_ids_bt[: len(batch.prompt.next_ids_bt)] = batch.prompt.next_ids_bt
+        program = self._programs.late(ProgramKey("prompt_logprobs", next_ids_bt.shape))
+        packed_btc = program(self._weights.norm, self._output_vd, group.x, next_ids_bt)
+        packed_btc.copy_to_host_async()
+        sampled = self._sample(batch, group.x_bd, len(group.x_bd))
+        return dataclasses.replace(sampled, prompt=PromptHandle(packed_btc, batch.prompt))
 
     def _sample(self, batch: HeadBatch, x_bd: Array, rows: int) -> TokensHandle:
         # As numpy: what a single call uses costs less when it travels with that call.
@@ -292,7 +307,7 @@ class XlaBackend:
         name = "head_logprobs" if batch.wants_logprobs else "head_modified"
         key = ProgramKey(name, (rows, entry_bucket(num_entries)))
         modifiers = packing.pack_modifiers(batch, rows=rows, num_entries=key.shape[1])
-        program = self._programs.modified_head(key)
+        program = self._programs.late(key)
         tokens_b, logprobs_bc, self._tokens_by_slot = program(*operands, modifiers)
         for array in (tokens_b, logprobs_bc):
             if array is not None:

@@ -34,7 +34,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "stop": ([],),
-    "prompt_logprobs": (False,),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),

@@ -209,7 +209,7 @@ def _parse_request(
     }
     for name, value in given.items():
         match name:
-            case "max_tokens" | "top_k" | "seed" | "min_tokens" | "logprobs":
+            case "max_tokens" | "top_k" | "seed" | "min_tokens" | "logprobs" | "prompt_logprobs":
                 values[name] = read_int(name, value)
             case (
                 "temperature"

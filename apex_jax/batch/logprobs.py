@@ -1,4 +1,4 @@
-"""Log-probabilities as the OpenAI API's completions have them: by the text of each token.
+"""Log-probabilities as the OpenAI API's completions have them, and those of prompts as vLLM has.
 
 Owns the text that stands for a single token. One that has none of its own (a byte of a character,
 an end of text, any where there is no tokenizer) is called token_id:N, as vLLM can.
@@ -7,7 +7,7 @@ an end of text, any where there is no tokenizer) is called token_id:N, as vLLM c
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from apex_jax.request import TokenLogprobs
+from apex_jax.request import RequestOutput, TokenLogprobs
 
 _REPLACEMENT = "\ufffd"  # what decoders put where bytes do not make a character
 
@@ -51,6 +51,17 @@ class TokenTexts:
         return offsets
 
 
+def logprob_fields(output: RequestOutput, texts: TokenTexts) -> dict[str, Any]:
+    """Return the fields of a choice that hold logprobs: what was asked for, or null."""
+    fields: dict[str, Any] = {"logprobs": None}
+    if output.logprobs is not None:
+        fields["logprobs"] = completion_logprobs(output.token_ids, output.logprobs, texts)
+    if output.prompt_logprobs is not None:
+        prompt = output.request.prompt_token_ids
+        fields["prompt_logprobs"] = prompt_logprobs(prompt, output.prompt_logprobs, texts)
+    return fields
+
+
 def completion_logprobs(
     token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], texts: TokenTexts
 ) -> dict[str, Any]:
@@ -69,3 +80,20 @@ def completion_logprobs(
         "top_logprobs": top,
         "text_offset": texts.offsets(token_ids),
     }
+
+
+def prompt_logprobs(
+    prompt_token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], texts: TokenTexts
+) -> list[dict[str, Any] | None]:
+    """Return by token id what each token of a prompt could have been; null for the first."""
+    found: list[dict[str, Any] | None] = [None]
+    for token_id, of_token in zip(prompt_token_ids[1:], logprobs, strict=True):
+        best = zip(of_token.top_ids_i.tolist(), of_token.top_logprobs_i.tolist(), strict=True)
+        named = {token_id: of_token.logprob, **dict(best)}
+        found.append(
+            {
+                str(one): {"logprob": logprob, "decoded_token": texts.name(one)}
+                for one, logprob in named.items()
+            }
+        )
+    return found

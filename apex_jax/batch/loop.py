@@ -15,7 +15,7 @@ from apex_jax.batch.id_index import IdIndex, id_key
 from apex_jax.batch.interruption import Interruption
 from apex_jax.batch.journal import Journal
 from apex_jax.batch.lines import BadLine, BatchRequest, RawLine, parse_line
-from apex_jax.batch.logprobs import TokenTexts, completion_logprobs
+from apex_jax.batch.logprobs import TokenTexts, logprob_fields
 from apex_jax.batch.progress import Progress
 from apex_jax.batch.protocol import BatchEngine
 from apex_jax.batch.reorder import ReorderBuffer
@@ -178,14 +178,11 @@ class JobLoop:
             # The token that stopped the output is among token_ids, but is no part of the text.
             shown = output.token_ids[: -1 if output.finish_reason == "stop" else None]
             text = self._tokenizer.decode_after(output.request.prompt_token_ids, shown)
-        logprobs = None
-        if output.logprobs is not None:
-            logprobs = completion_logprobs(output.token_ids, output.logprobs, self._token_texts)
         line = encode_result(
             flight.request,
             output,
             text,
-            logprobs,
+            logprob_fields(output, self._token_texts),
             self._engine.model.name,
             self._job_sha256,
             time.time(),

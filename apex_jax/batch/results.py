@@ -62,14 +62,14 @@ def encode_result(
     request: BatchRequest,
     output: RequestOutput,
     text: str | None,
-    logprobs: Mapping[str, Any] | None,
+    logprobs: Mapping[str, Any],
     model_name: str,
     job_sha256: str,
     created_sec: float,
 ) -> bytes:
     """Return the output line of a finished request.
 
-    text: None where there is no tokenizer. logprobs: None where the request asks for none.
+    text: None where there is no tokenizer. logprobs: the fields that say what it asks for of those.
     """
     name = hashlib.sha256(f"{request.custom_id}:{request.sha256}".encode()).hexdigest()[:24]
     num_prompt, num_output = len(output.request.prompt_token_ids), len(output.token_ids)
@@ -83,8 +83,8 @@ def encode_result(
                 "index": 0,
                 "text": text,
                 "token_ids": list(output.token_ids),
-                "logprobs": logprobs,
                 "finish_reason": FinishReason(output.finish_reason).value,
+                **logprobs,
             }
         ],
         "usage": {
