@@ -17,7 +17,8 @@ from small_engines import MODELS, SEED, WARM_UP_LINES, compilations, hybrid_engi
 from apex_jax.models import weights
 from apex_jax.plan import Direction
 from apex_jax.policies import Merging
-from apex_jax.request import Request, RequestError, SamplingParams
+from apex_jax.request import Request, RequestError, SamplingParams, TokenLogprobs
+from apex_jax.sequence import Sequence
 
 pytestmark = pytest.mark.usefixtures("without_annotations_checked")
 NAME = "mha"
@@ -160,3 +161,18 @@ def test_what_names_no_token_is_refused():
     with pytest.raises(RequestError, match="logit_bias has token id 120, which is outside"):
         engine.submit(Request("a", (1,), params))
     assert engine.num_unfinished == 0
+
+
+def test_logprobs_of_a_prompt_that_begins_again_are_taken_once():
+    """Driven out in the midst of its prompt, a request comes back and prefills from the start."""
+    found = [TokenLogprobs(-float(i), np.zeros(3, "i4"), np.zeros(3, "f4")) for i in range(5)]
+    request = Request("a", (9,) * 6, SamplingParams(prompt_logprobs=2))
+    sequence = Sequence(0, request, frozenset(), 0.0, [9] * 6)
+    for start, end in ((0, 2), (2, 3), (0, 2), (2, 5)):
+        assert sequence.wants_prompt
+        sequence.take_prompt(start, found[start:end])
+    assert not sequence.wants_prompt
+    assert [one.logprob for one in sequence.prompt_logprobs] == [0.0, -1.0, -2.0, -3.0, -4.0]
+    assert {one.top_ids_i.shape for one in sequence.prompt_logprobs} == {(2,)}
+    lone = Request("b", (9,), request.sampling)
+    assert not Sequence(0, lone, frozenset(), 0.0, [9]).wants_prompt
