@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLATFORMS = ("auto", "cpu", "gpu")
 STRATEGIES = (
+    "apex",
+    "apex_paper",
     "device_only",
     "full_offload",
     "asymmetric_pipelining",
@@ -113,11 +115,14 @@ class CacheConfig:
 class SchedulerConfig:
     """What may run together.
 
-    strategy: how host and device share the work (docs/strategies.md): device_only, full_offload,
-        asymmetric_pipelining, async_overlap, staggered or passes.
+    strategy: how host and device share the work (docs/strategies.md): apex chooses by prediction
+        each sweep, apex_paper by the published rule; device_only, full_offload,
+        asymmetric_pipelining, async_overlap, staggered and passes are fixed.
     cohorts: groups in which host-lane requests move through the layers, for `staggered` and
         `passes`; the other strategies have one or two.
     passes: layers a cohort may advance per sweep, for `passes`.
+    max_host_tpot_sec: for `apex`, the longest predicted time per output token in the host lane;
+        schedules beyond it are not chosen. None for no bound.
     max_requests: requests on the device that decode or prefill at once.
     max_host_requests: likewise on the host.
     max_prefill_tokens: prompt tokens per sweep; long prompts are cut into chunks of this size.
@@ -130,6 +135,7 @@ class SchedulerConfig:
     strategy: str = "device_only"
     cohorts: int = 2
     passes: int = 2
+    max_host_tpot_sec: float | None = None
     max_requests: int = 64
     max_host_requests: int = 128
     max_prefill_tokens: int = 512
@@ -139,6 +145,11 @@ class SchedulerConfig:
     @property
     def has_host_lane(self) -> bool:
         return self.strategy != "device_only"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the strategy goes by stage times."""
+        return self.strategy in ("apex", "apex_paper", "asymmetric_pipelining")
 
     @property
     def max_running(self) -> int:
@@ -196,6 +207,18 @@ class CompileConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Times of stages, for strategies that predict.
+
+    cache_dir: folder that keeps what launch/run_profiler.py measures; empty for none. recalibrate:
+    measure at every start, for seconds, even where a profile was kept.
+    """
+
+    cache_dir: str = "~/.cache/apex_jax/profiles"
+    recalibrate: bool = False
+
+
+@dataclass
 class Config:
     """Everything a job can be told."""
 
@@ -206,6 +229,7 @@ class Config:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     host: HostConfig = field(default_factory=HostConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def _require(ok: bool, flag: str, value: object, right: str) -> None:
@@ -262,6 +286,8 @@ def validate(config: Config) -> None:
     _require(1 <= host_requests <= 4096, "scheduler.max_host_requests", host_requests, "1 to 4096")
     _require(cohorts >= 1, "scheduler.cohorts", cohorts, "at least 1")
     _require(passes >= 1, "scheduler.passes", passes, "at least 1")
+    tpot_sec = scheduler.max_host_tpot_sec
+    _require(tpot_sec is None or tpot_sec > 0, "scheduler.max_host_tpot_sec", tpot_sec, "above 0")
     _require(
         prefill >= 16 and prefill & (prefill - 1) == 0,
         "scheduler.max_prefill_tokens",

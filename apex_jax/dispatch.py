@@ -71,7 +71,10 @@ class SweepHandle:
 
 @dataclass
 class DispatchStats:
-    """Counts of what was decided at boundaries."""
+    """Counts of what was decided at boundaries.
+
+    num_host_row_layers: rows of all host jobs together; a token of a row takes num_layers of them.
+    """
 
     num_merges: int = 0
     num_extra_passes: int = 0
@@ -79,6 +82,7 @@ class DispatchStats:
     num_head_passes: int = 0
     num_late: int = 0  # the device met a cohort that had a whole sweep's time and was not ready
     num_host_jobs: int = 0
+    num_host_row_layers: int = 0
     num_moves: Counter[Direction] = field(default_factory=Counter)
 
 
@@ -371,6 +375,7 @@ class Dispatch:
         cohort.point += 1
         cohort.num_passes += 1
         self.stats.num_host_jobs += 1
+        self.stats.num_host_row_layers += len(cohort.batch.decode.slots_b)
 
     def _sample(
         self, sweep: _Sweep, cohorts: list[_Cohort], device: tuple[HeadBatch, Handle] | None

@@ -1,9 +1,9 @@
 """What a strategy decides: who rides in a cohort, and what a cohort does at a boundary.
 
-A strategy is a policy of the one scheduler and the one dispatch loop, and no more. The policies here
-are fixed: everything a decision rests on is its argument. Those that predict are in pipelining.py
-and adaptive.py. `consider` and `form` are called by the scheduler, `may_enter` and `at_boundary` by
-the dispatch loop. Imports no jax.
+A strategy is a policy of the one scheduler and the one dispatch loop, and no more. The policies
+here are fixed: everything a decision rests on is its argument. Those that predict are in
+pipelining.py and adaptive.py. `consider` and `form` are called by the scheduler, `may_enter` and
+`at_boundary` by the dispatch loop. Imports no jax.
 """
 
 from collections.abc import Mapping, Sequence

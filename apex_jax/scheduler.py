@@ -529,7 +529,7 @@ class Scheduler:
         rows: list[Sequence],
         idle: list[int],
     ) -> Load:
-        """Describe the sweep that is being planned; rows: of the host, without a token under way."""
+        """Describe the sweep that is being planned; rows: host rows without a token under way."""
         assert self._buckets is not None
         settled = self._device.sequences
         under_way = list(itertools.chain.from_iterable(self._cohorts.values()))

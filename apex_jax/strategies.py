@@ -3,8 +3,7 @@
 Owns what SchedulerConfig's fields mean to a policy. Called by the engine. Imports no jax.
 """
 
-from collections.abc import Callable
-
+from apex_jax.adaptive import Apex, ApexPaper
 from apex_jax.config import SchedulerConfig
 from apex_jax.cost_model import Times
 from apex_jax.pipelining import AsymmetricPipelining
@@ -19,13 +18,24 @@ def cohort_rows(config: SchedulerConfig) -> int:
         case "staggered" | "passes":
             num_cohorts = config.cohorts
         case _:
-            num_cohorts = 1  # or two of which one may have almost all
+            num_cohorts = 1  # or more of which one may have almost all
     return -(-config.max_host_requests // num_cohorts)
 
 
-def make_policy(config: SchedulerConfig, measure: Callable[[], Times]) -> Policy:
-    """Return the policy of a strategy; `measure` is called where it predicts."""
+def make_policy(
+    config: SchedulerConfig, times: Times | None = None, layers_per_program: int = 1
+) -> Policy:
+    """Return the policy of a strategy.
+
+    times: for a strategy that predicts. layers_per_program: of the Layers stage.
+    """
     match config.strategy:
+        case "apex":
+            assert times is not None
+            return Apex(times, layers_per_program, config.max_host_tpot_sec)
+        case "apex_paper":
+            assert times is not None
+            return ApexPaper(times, layers_per_program)
         case "device_only":
             return DeviceOnly()
         case "full_offload":
@@ -37,6 +47,7 @@ def make_policy(config: SchedulerConfig, measure: Callable[[], Times]) -> Policy
         case "passes":
             return Merging(max_cohorts=config.cohorts, passes=config.passes)
         case "asymmetric_pipelining":
-            return AsymmetricPipelining(measure())
+            assert times is not None
+            return AsymmetricPipelining(times)
         case _:
             raise ValueError(f"strategy is {config.strategy!r}; config.py names those there are")

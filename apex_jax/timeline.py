@@ -5,6 +5,7 @@ whole spans on only where there is a trace to write. Imports no jax.
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from apex_jax.overlap import BusyMeter, Figures, Kind
@@ -28,6 +29,7 @@ class Timeline:
 
     def __init__(self, trace: TraceFile | None = None):
         self._trace = trace
+        self.on_end: Callable[[Any, float], None] | None = None  # gets work and its seconds
         self._meter = BusyMeter()
         self._lock = threading.Lock()  # of the meter
 
@@ -36,16 +38,26 @@ class Timeline:
         """Whether anyone will see instants, native threads, and what spans say of themselves."""
         return self._trace is not None
 
-    def span(self, lane: str, name: str, start_sec: float, end_sec: float, **args: Any) -> None:
+    def span(
+        self,
+        lane: str,
+        name: str,
+        start_sec: float,
+        end_sec: float,
+        work: Any = None,
+        **args: Any,
+    ) -> None:
         """Report something that took time.
 
-        args: shown with it; by custom `sweep`, `cohort` (ids), `layer`, `rows` (a count) and
-        `requests` (ids).
+        work: the device's stage or the host's job. args: shown with it; by custom `sweep`,
+        `cohort` (ids), `layer`, `rows` (a count) and `requests` (ids).
         """
         kind = _kind(lane)
         if kind is not None:
             with self._lock:
                 self._meter.add(kind, start_sec, end_sec)
+        if work is not None and self.on_end is not None:
+            self.on_end(work, end_sec - start_sec)
         if self._trace is not None:
             self._trace.add(Event(lane, name, start_sec, end_sec, args))
 
@@ -59,6 +71,11 @@ class Timeline:
         """Leave out of the figures a time in which there was no request to work on."""
         with self._lock:
             self._meter.add(Kind.REST, start_sec, end_sec)
+
+    def forget(self) -> None:
+        """Let the figures begin anew: what was measured before a job is no part of it."""
+        with self._lock:
+            self._meter = BusyMeter()
 
     def watch_threads(self, take_spans: TakeSpans) -> None:
         """Show what native threads do; `take_spans` is called twice a second while tracing."""

@@ -158,10 +158,10 @@ def test_spans_follow_one_another(completions, spans):
     late.marker.end()
     completions.close()
     assert [(lane, name, args) for lane, name, _, _, args in spans] == [
-        ("device", "boundary", {"layer": 7, "cohort": 1}),
-        ("device", "layers", {"layer": 2}),
-        ("device", "head", {}),
-        ("device", "boundary", {"layer": 0}),
+        ("device", "boundary", {"work": stages[0], "layer": 7, "cohort": 1}),
+        ("device", "layers", {"work": stages[1], "layer": 2}),
+        ("device", "head", {"work": stages[2]}),
+        ("device", "boundary", {"work": Boundary(0), "layer": 0}),
     ]
     starts, ends = [span[2] for span in spans], [span[3] for span in spans]
     assert before_sec <= starts[0] <= enqueued_sec <= ends[0]

@@ -214,6 +214,7 @@ def test_spans_tell_what_a_job_did(make_lane):
     lanes, names, starts, ends, args = zip(*spans, strict=True)
     assert lanes == ("to host", "host", "to device")
     assert set(names) == {"host_attention"}
+    assert args[1].pop("work") == attention([4], [[7]], layer=1, cohort_id=5)
     assert args[1] == {"layer": 1, "rows": 1, "cohort": 5}
     assert [one["bytes"] for one in args[::2]] == [2 * 10 * 16 * 4, 2 * 6 * 16 * 4]
     times = [time for span in zip(starts, ends, strict=True) for time in span]

@@ -142,7 +142,7 @@ def test_dispatching_takes_pythons_time():
 
 def test_spans_show_what_ran_where_and_no_lane_does_two_things_at_once():
     spans = []
-    backend = make(on_span=lambda *span: spans.append(span))
+    backend = make(on_span=lambda *span, work=None: spans.append(span))
     x, attended = play(backend)
     backend.enqueue(Boundary(1), x, attended)
     by_lane = {}

@@ -31,7 +31,7 @@ class Marked(Protocol):
 
 
 # Takes (lane, name, start_sec, end_sec, **args): what ran where and when; `args` say which layer,
-# how many rows and so on.
+# how many rows and so on, and `work` is the stage or job itself on the lanes where it runs.
 SpanRecorder = Callable[..., None]
 MarkedT = TypeVar("MarkedT", bound=Marked)
 
@@ -133,7 +133,7 @@ class Completions:
         shown = {"layer": layer, "cohort": getattr(stage, "cohort_id", None)}
         args = {name: value for name, value in shown.items() if value is not None}
         start_sec = max(enqueue_sec, previous_end_sec)
-        self._on_span("device", name_of(stage), start_sec, end_sec, **args)
+        self._on_span("device", name_of(stage), start_sec, end_sec, work=stage, **args)
         return end_sec
 
     def _wake(self, _: object = None) -> None:

@@ -162,7 +162,7 @@ class HostLane:
         pool, out_bnh, _ = program(pool, qkv_bjh, tables_bm, lengths_b, np.int32(num_rows))
         self._pools[job.layer] = pool
         out_bnh.block_until_ready()
-        self._span("host", job, start_sec, rows=num_rows, cohort=job.cohort_id)
+        self._span("host", job, start_sec, work=job, rows=num_rows, cohort=job.cohort_id)
         return out_bnh
 
     def _write_pages(self, job: WritePages, pages_ik2zh: Float[np.ndarray, "i k 2 z h"]) -> None:
@@ -172,7 +172,7 @@ class HostLane:
         pool = program(self._pools[job.layer], pages_ik2zh, ids_i, num_pages)
         self._pools[job.layer] = pool
         pool.block_until_ready()
-        self._span("host", job, start_sec, pages=int(num_pages))
+        self._span("host", job, start_sec, work=job, pages=int(num_pages))
 
     def _read_pages(self, job: ReadPages) -> Float[Array, "i k 2 z h"]:
         start_sec = time.perf_counter()
@@ -181,7 +181,7 @@ class HostLane:
         ids_i, num_pages = _pad(job.pages_i, count)
         pages_ik2zh = program(self._pools[job.layer], ids_i, num_pages)
         pages_ik2zh.block_until_ready()
-        self._span("host", job, start_sec, pages=int(num_pages))
+        self._span("host", job, start_sec, work=job, pages=int(num_pages))
         return pages_ik2zh
 
     def _receive(self, job: Job, operand: Array) -> np.ndarray:

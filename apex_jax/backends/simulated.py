@@ -36,7 +36,8 @@ class SimulatedBackend:
     """One device, one host and the link between them.
 
     layers_per_program: of the Layers stage. on_span: gets (lane, name, start_sec, end_sec) of all
-    that runs. noise: standard deviation of the logarithm of each time, drawn by `seed`.
+    that runs, and as `work` the stage or job itself. noise: standard deviation of the logarithm of
+    each time, drawn by `seed`.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class SimulatedBackend:
         )
         end_sec = start_sec + self._noisy(seconds)
         self._device_free_sec = end_sec
-        self._report("device", name_of(stage), start_sec, end_sec)
+        self._report("device", stage, start_sec, end_sec)
         if isinstance(stage, Head):
             counts = [len(batch.rows_b) for batch in stage.batches]
             return tuple(SimulatedHandle(self, end_sec, Work(), count) for count in counts)
@@ -79,15 +80,15 @@ class SimulatedBackend:
         if operand is not None:
             left_sec = _simulated(operand).ready_sec
             arrival_sec = max(arrival_sec, left_sec + self._noisy(moving_sec))
-            self._report("to host", name_of(job), left_sec, arrival_sec)
+            self._report("to host", job, left_sec, arrival_sec)
         start_sec = max(arrival_sec, self._host_free_sec)
         end_sec = start_sec + self._noisy(seconds)
         self._host_free_sec = end_sec
-        self._report("host", name_of(job), start_sec, end_sec)
+        self._report("host", job, start_sec, end_sec)
         if not back_sec:
             return SimulatedHandle(self, end_sec, work)
         ready_sec = end_sec + self._noisy(back_sec)
-        self._report("to device", name_of(job), end_sec, ready_sec)
+        self._report("to device", job, end_sec, ready_sec)
         return SimulatedHandle(self, ready_sec, work)
 
     def wait_any(self, handles: Sequence[Handle], deadline_sec: float) -> Handle | None:
@@ -104,9 +105,13 @@ class SimulatedBackend:
     def _noisy(self, seconds: float) -> float:
         return seconds * self._random.lognormvariate(0.0, self._noise) if self._noise else seconds
 
-    def _report(self, lane: str, name: str, start_sec: float, end_sec: float) -> None:
-        if self._on_span is not None:
-            self._on_span(lane, name, start_sec, end_sec)
+    def _report(self, lane: str, work: Stage | Job, start_sec: float, end_sec: float) -> None:
+        if self._on_span is None:
+            return
+        if lane in ("device", "host"):
+            self._on_span(lane, name_of(work), start_sec, end_sec, work=work)
+        else:
+            self._on_span(lane, name_of(work), start_sec, end_sec)
 
 
 def _simulated(handle: Handle) -> SimulatedHandle:

@@ -1,0 +1,261 @@
+"""Strategies that choose: each sweep, from predicted rates, which schedule is to run.
+
+Owns the candidates, the rule that picks among them, and why. What a candidate does is a fixed
+policy's business, what it would yield is prediction.py's. Called by the scheduler and the dispatch
+loop like any policy. Imports no jax.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from apex_jax.cost_model import Times
+from apex_jax.pipelining import AsymmetricPipelining
+from apex_jax.policies import Action, CohortView, Load, Merging, Policy
+from apex_jax.prediction import Choice, Demand, Prediction, Predictor
+
+MAX_COHORTS = 3  # more of them only take smaller turns
+MAX_PASSING_COHORTS = 2  # with extra passes more of them mostly wait for each other
+# Of equals the first is taken: where the host is the limit, a bound on passes only makes it wait.
+PASSES = (None, 24, 16, 12, 8, 6, 4, 3, 2)
+MARGIN = 0.02  # of a window, for the noise of stage times: who misses one loses a sweep
+MIN_GAIN = 0.02  # over device_only: less is noise
+MIN_CHANGE = 0.01  # over the choice in force: a change costs the tokens under way some time
+MIN_SWEEPS = 8  # between two looks at a load that is about the same, and at corrected times
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen for a demand, and what else was predicted.
+
+    best: the prediction of the choice in force. device_only: without the host lane. alternatives:
+    the best of each kind and number of cohorts, best first. reason: one clause.
+    """
+
+    demand: Demand
+    best: Prediction
+    device_only: Prediction
+    alternatives: tuple[Prediction, ...]
+    reason: str
+
+
+class Adaptive:
+    """What strategies that choose share: the policy in force does what the loop asks.
+
+    decision: the last one. max_host_rows: as Policy says.
+    """
+
+    max_cohorts = MAX_COHORTS
+    uses_device_lane = True
+
+    def __init__(self, times: Times, layers_per_program: int):
+        self._times = times
+        self._predictor = Predictor(times, layers_per_program)
+        # Without a host lane tokens under way still go on to their end, where that costs nothing.
+        self._at_rest = Merging(MAX_COHORTS)
+        self._policy: Policy = self._at_rest
+        self.max_host_rows: int | None = None
+        self.decision: Decision | None = None
+
+    @property
+    def passes(self) -> int | None:
+        return self._policy.passes
+
+    def form(self, load: Load) -> Mapping[int, Sequence[int]]:
+        return {} if self._policy is self._at_rest else self._policy.form(load)
+
+    def may_enter(self, points: Sequence[int], num_layers: int) -> bool:
+        return self._policy.may_enter(points, num_layers)
+
+    def at_boundary(self, boundary: int, cohort: CohortView) -> Action:
+        return self._policy.at_boundary(boundary, cohort)
+
+    def _use(self, choice: Choice) -> None:
+        """Put a choice in force."""
+        match choice.name:
+            case "device_only":
+                self._policy = self._at_rest
+            case "pipelining":
+                self._policy = AsymmetricPipelining(self._times)
+            case _:
+                self._policy = Merging(
+                    choice.cohorts,
+                    choice.passes,
+                    is_spread=choice.passes == 1 and choice.cohorts > 1,
+                    max_cohort_rows=choice.cohort_rows,
+                )
+
+
+class Apex(Adaptive):
+    """The schedule with the highest predicted rate: any number of cohorts, any passes, NEO's, none.
+
+    max_host_tpot_sec: bound on the time per output token of the host lane; choices beyond it are
+    not taken.
+    """
+
+    def __init__(
+        self, times: Times, layers_per_program: int, max_host_tpot_sec: float | None = None
+    ):
+        super().__init__(times, layers_per_program)
+        self._max_host_tpot_sec = max_host_tpot_sec
+        self._seen: tuple[int, ...] = ()
+        self._num_sweeps = 0
+
+    def consider(self, load: Load) -> None:
+        num_host, num_tokens = _host_rows(load)
+        self._num_sweeps += 1
+        # Powers of two: a load that differs as much is another load.
+        seen = tuple(
+            count.bit_length() for count in (load.num_settled_rows, num_host, load.num_waiting)
+        )
+        if seen != self._seen or self._num_sweeps >= MIN_SWEEPS:
+            self._seen, self._num_sweeps = seen, 0
+            self._decide(load, num_host, num_tokens)
+
+    def _decide(self, load: Load, num_host: int, num_tokens: int) -> None:
+        row_tokens = num_tokens / num_host if num_host else _device_row_tokens(load)
+        demand = Demand(load.num_settled_rows, load.num_settled_tokens, num_host, row_tokens)
+        device_only = self._predictor.device_only(demand)
+        # Who waits may come in where more host rows yield more.
+        wanted = demand._replace(host_rows=num_host + load.num_waiting)
+        all_in = self._candidates(wanted, load.max_rows)
+        most = max(all_in, key=lambda one: one.rate, default=device_only)
+        pays = most.rate > (1 + MIN_GAIN) * device_only.rate
+        self.max_host_rows = most.host_rows if pays else 0
+        candidates = all_in if wanted == demand else self._candidates(demand, load.max_rows)
+        candidates.sort(key=_worth, reverse=True)
+        best, reason = device_only, "no requests in the host lane"
+        if num_host:
+            reason = "the host lane would yield no more"
+        if candidates and candidates[0].rate > (1 + MIN_GAIN) * device_only.rate:
+            best, reason = self._stay_or_go(candidates)
+        if best.choice != (self.decision.best.choice if self.decision else None):
+            self._use(best.choice)
+        self.decision = Decision(demand, best, device_only, tuple(candidates), reason)
+
+    def _stay_or_go(self, candidates: Sequence[Prediction]) -> tuple[Prediction, str]:
+        """Return the best candidate, or what is in force where that is about as good."""
+        best = candidates[0]
+        if self.decision is not None:
+            now = self.decision.best.choice
+            for one in candidates:
+                is_same = one.choice[:3] == now[:3]
+                if is_same and one.rate * (1 + MIN_CHANGE) > best.rate:
+                    return one, "it is in force, and none would yield much more"
+        return best, "the highest predicted rate"
+
+    def _candidates(self, demand: Demand, max_rows: int) -> list[Prediction]:
+        """Return what can be had with the host lane, for each kind of schedule the best."""
+        if not demand.host_rows:
+            return []
+        found: list[Prediction] = []
+        pipelined = self._predictor.pipelining(demand, max_rows)
+        if pipelined.host_rows and self._is_allowed(pipelined):
+            found.append(pipelined)
+        for cohorts in range(1, min(MAX_COHORTS, demand.host_rows) + 1):
+            ways = self._ways(cohorts, demand, max_rows)
+            allowed = [one for one in ways if self._is_allowed(one)]
+            if allowed:
+                found.append(max(allowed, key=_worth))
+        return found
+
+    def _ways(self, cohorts: int, demand: Demand, max_rows: int) -> list[Prediction]:
+        """Return predictions for so many cohorts: merging alone, and with more and more passes.
+
+        Either with as many rows as do not miss their window, or with all there are: then the host
+        is busy, and the cohort passes seldom.
+        """
+        all_rows = min(max_rows, -(-demand.host_rows // cohorts))
+        fitting = min(all_rows, self._most_rows(cohorts, demand))
+        choices = [Choice("merging", cohorts, 1, fitting)]
+        if cohorts <= MAX_PASSING_COHORTS:
+            choices += [
+                Choice("merging", cohorts, passes, rows)
+                for rows in sorted({fitting, all_rows})
+                for passes in (1, *PASSES)
+            ]
+        return [self._predictor.merging(demand, choice) for choice in choices]
+
+    def _is_allowed(self, prediction: Prediction) -> bool:
+        bound, tpot_sec = self._max_host_tpot_sec, prediction.host_tpot_sec
+        return bound is None or (tpot_sec is not None and tpot_sec <= bound)
+
+    def _most_rows(self, cohorts: int, demand: Demand) -> int:
+        """Return the rows of a cohort that the host attends to between two turns of it."""
+        if not demand.device_rows:
+            return -(-demand.host_rows // cohorts)
+        window_sec = (1 - MARGIN) * self._predictor.device_only(demand).sweep_sec
+        trip_sec = 2 * self._times.transfer(num_rows=-(-demand.host_rows // cohorts))
+        seconds = min(window_sec / cohorts, window_sec - trip_sec)
+        return max(1, self._predictor.rows_within(seconds, demand))
+
+
+class ApexPaper(Adaptive):
+    """The rule as published: nobody on the host, equation 6, or else asynchronous overlap.
+
+    min_host_rows: fewer host-lane requests are left alone.
+    """
+
+    def __init__(self, times: Times, layers_per_program: int, min_host_rows: int = 1):
+        super().__init__(times, layers_per_program)
+        self._min_host_rows = min_host_rows
+
+    def consider(self, load: Load) -> None:
+        num_host, num_tokens = _host_rows(load)
+        row_tokens = num_tokens / num_host if num_host else 0.0
+        demand = Demand(load.num_settled_rows, load.num_settled_tokens, num_host, row_tokens)
+        device_only = self._predictor.device_only(demand)
+        best, reason = device_only, f"fewer than {self._min_host_rows} requests in the host lane"
+        if num_host >= self._min_host_rows:
+            best, reason = self._choose(load, demand, device_only)
+        if best.choice != (self.decision.best.choice if self.decision else None):
+            self._use(best.choice)
+        self.decision = Decision(demand, best, device_only, (best,), reason)
+
+    def _choose(
+        self, load: Load, demand: Demand, device_only: Prediction
+    ) -> tuple[Prediction, str]:
+        times, rows = self._times, max(1, load.num_settled_rows)
+        linear_sec = times.linear(rows)
+        attention_sec = times.device_attention(rows, load.num_settled_tokens)
+        # One of the two linear passes is the prompts', where there are any.
+        overlap_sec = times.linear(load.num_prompt_tokens or rows) + linear_sec + attention_sec
+        host_sec = times.host_attention(demand.host_rows, _host_rows(load)[1]) / demand.host_rows
+        # N_G / N_C, with N_G = rows / attention_sec and N_C = 1 / host_sec.
+        ratio = rows * host_sec / attention_sec if attention_sec else float("inf")
+        limit = overlap_sec * (overlap_sec - linear_sec) / max(linear_sec * attention_sec, 1e-30)
+        if ratio < limit:
+            piped = self._predictor.pipelining(demand, load.max_rows)
+            return (
+                piped._replace(choice=Choice("pipelining", 2, None, piped.choice.cohort_rows)),
+                f"equation 6: N_G / N_C = {ratio:.3g} is below {limit:.3g}",
+            )
+        window_sec = device_only.sweep_sec - 2 * times.transfer(num_rows=demand.host_rows)
+        cohort_rows = max(1, self._predictor.rows_within(window_sec, demand))
+        choice = Choice("merging", 1, 1, min(load.max_rows, cohort_rows))
+        return (
+            self._predictor.merging(demand, choice),
+            f"equation 6: N_G / N_C = {ratio:.3g} is not below {limit:.3g}",
+        )
+
+
+def _worth(prediction: Prediction) -> float:
+    """Return the rate by which candidates are compared.
+
+    Extra passes have to yield something: where the host is busy all the time they only come to
+    late, and what they then cost is hard to tell.
+    """
+    passes = prediction.choice.passes
+    return prediction.rate * (1 if passes == 1 else 1 - MIN_GAIN)
+
+
+def _host_rows(load: Load) -> tuple[int, int]:
+    """Return the host lane's rows and the tokens of their KV."""
+    return (
+        len(load.lengths) + load.num_under_way,
+        sum(load.lengths) + load.num_tokens_under_way,
+    )
+
+
+def _device_row_tokens(load: Load) -> float:
+    """Return the tokens of a device row: the best guess for who waits."""
+    return load.num_settled_tokens / load.num_settled_rows if load.num_settled_rows else 1.0
