@@ -38,8 +38,11 @@ class Decision:
     reason: str
 
 
-class _Adaptive:
-    """What strategies that choose share: the policy in force does what the loop asks."""
+class Adaptive:
+    """What strategies that choose share: the policy in force does what the loop asks.
+
+    decision: the last one. max_host_rows: as Policy says.
+    """
 
     max_cohorts = MAX_COHORTS
     uses_device_lane = True
@@ -82,7 +85,7 @@ class _Adaptive:
                 )
 
 
-class Apex(_Adaptive):
+class Apex(Adaptive):
     """The schedule with the highest predicted rate: any number of cohorts, any passes, NEO's, none.
 
     max_host_tpot_sec: bound on the time per output token of the host lane; choices beyond it are
@@ -186,7 +189,7 @@ class Apex(_Adaptive):
         return max(1, self._predictor.rows_within(seconds, demand))
 
 
-class ApexPaper(_Adaptive):
+class ApexPaper(Adaptive):
     """The rule as published: nobody on the host, equation 6, or else asynchronous overlap.
 
     min_host_rows: fewer host-lane requests are left alone.

@@ -207,6 +207,18 @@ class CompileConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Times of stages, for strategies that predict.
+
+    cache_dir: folder that keeps what launch/run_profiler.py measures; empty for none. recalibrate:
+    measure at every start, for seconds, even where a profile was kept.
+    """
+
+    cache_dir: str = "~/.cache/apex_jax/profiles"
+    recalibrate: bool = False
+
+
+@dataclass
 class Config:
     """Everything a job can be told."""
 
@@ -217,6 +229,7 @@ class Config:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     host: HostConfig = field(default_factory=HostConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def _require(ok: bool, flag: str, value: object, right: str) -> None:

@@ -83,8 +83,9 @@ def modify(
     is_counting_e = rows.is_counting_b.at[entries.rows_e].get(mode="fill", fill_value=False)
     is_last_e = is_counting_e & ~is_mask_e & (entries.token_ids_e == last_e)
     # A last token that has an entry is counted in it, one that has none gets one.
-    has_entry_b = jnp.zeros(num_rows, bool).at[entries.rows_e].max(is_last_e, mode="drop")
-    is_new_b = rows.is_counting_b & ~has_entry_b
+    num_entries_b = jnp.zeros(num_rows, jnp.int32)
+    num_entries_b = num_entries_b.at[entries.rows_e].add(is_last_e.astype(jnp.int32), mode="drop")
+    is_new_b = rows.is_counting_b & (num_entries_b == 0)
 
     rows_i = jnp.concatenate(
         [

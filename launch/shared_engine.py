@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from apex_jax.backends.handles import HiddenHandle
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import Buckets
-from apex_jax.calibration import calibrate
 from apex_jax.config import Config, SchedulerConfig
-from apex_jax.cost_model import StageTimes
+from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch
 from apex_jax.engine import Engine
 from apex_jax.hardware import Handle, Job, Layers, Stage, StagedLayer, name_of
+from apex_jax.measured_times import MeasuredTimes
 from apex_jax.memory import MAX_TRANSIT_PAGES
 from apex_jax.plan import PrefillBatch
 from apex_jax.policies import Policy
@@ -178,6 +178,7 @@ class SharedEngine:
             self.timeline,
             whole._workers,
             whole._setup_sec,
+            DecisionRecord(policy, None),
         )
         return Started(engine, scheduler, dispatch)
 
@@ -190,16 +191,11 @@ class SharedEngine:
     def close(self) -> None:
         self.whole.close()
 
-    def _measure(self) -> StageTimes:
+    def _measure(self) -> MeasuredTimes:
         """Return stage times of idle hardware; predicting strategies go by them."""
-        memory = self.whole.memory
-        return calibrate(
-            self.backend,
-            self.whole.programs.buckets,
-            num_layers=self.whole.model.architecture.num_layers,
-            num_pages=memory.num_pages,
-            num_host_pages=memory.num_host_pages,
-        )
+        profiler = self.whole.profiler
+        assert profiler is not None
+        return profiler.calibrate()
 
 
 def use_two_cpu_devices(*, one_core_each: bool) -> None:

@@ -14,6 +14,7 @@ import pytest
 import reference
 from small_engines import MODELS, SEED, WARM_UP_LINES, compilations, hybrid_engine, with_limits
 
+from apex_jax.lowering import ProgramKey
 from apex_jax.models import weights
 from apex_jax.plan import Direction
 from apex_jax.policies import Merging
@@ -153,6 +154,20 @@ def test_a_head_is_compiled_when_it_is_first_needed():
     with compilations() as compiled:
         run(with_limits(engine), draw_requests()[2:4])
     assert compiled == []
+
+
+def test_late_heads_need_hardly_more_room_than_those_that_were_planned():
+    """By the entries, and by the scores as they were: nothing of entries times vocabulary."""
+    engine = hybrid_engine(NAME)
+    run(with_limits(engine), draw_requests()[2:6])
+    executables = engine.programs._executables
+    room = {key: one.memory_analysis().temp_size_in_bytes for key, one in executables.items()}
+    late = [key for key in room if key.stage in ("head_logprobs", "head_modified")]
+    assert {key.stage for key in late} == {"head_logprobs", "head_modified"}
+    for key in late:
+        rows, num_entries = key.shape
+        planned = room[ProgramKey("head_sample", (rows,))]
+        assert room[key] <= planned + 2 * 4 * rows * MODEL.vocab_size + 64 * num_entries
 
 
 def test_what_names_no_token_is_refused():
