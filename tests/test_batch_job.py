@@ -24,6 +24,7 @@ from batch_files import (
 )
 from fake_engine import FakeEngine, fake_tokens
 
+from apex_jax.batch.decision_log import DecisionLog
 from apex_jax.batch.identity import differences
 from apex_jax.batch.journal import Journal
 from apex_jax.batch.lines import RawLine, parse_line
