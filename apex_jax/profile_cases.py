@@ -191,7 +191,7 @@ def take_apart(links: Mapping[Name, float]) -> dict[str, dict[Shape, float]]:
         stages["transfer_rows"][cohort,] = max((trip_sec - here_sec) / 2, 0.0)
     for shape, move_sec in by_link["moves"].items():
         copies_sec = stages["device_copy"][shape] + stages["host_copy"][shape]
-        stages["transfer_pages"][shape] = max(move_sec - copies_sec, 0.0)
+        stages["transfer_pages"][shape] = max(move_sec - copies_sec - waiting_sec, 0.0)
     return {stage: points for stage, points in stages.items() if points}
 
 
@@ -213,10 +213,11 @@ def _take_layers_apart(
         for shape, seconds in by_link["attention_and_merge"].items():
             if shape[0] == rows:
                 stages["merged_boundary"][shape] = max(seconds - attention_sec, 0.0)
-        both_sec = max(by_link["into_and_out_of_layers"][rows,] - attention_sec, 0.0)
-        entry_sec, exit_sec = (by_link[link][rows,] for link in ("lone_entries", "lone_exits"))
-        entry_share = entry_sec / (entry_sec + exit_sec)
-        stages["pre_attention"][rows,] = entry_share * both_sec
-        stages["post_attention"][rows,] = (1 - entry_share) * both_sec
         waiting_sec = max(by_link["lone_boundaries"][rows,] - boundary_sec, 0.0)
+        entry_sec, exit_sec = (
+            max(by_link[link][rows,] - waiting_sec, 1e-9) for link in ("lone_entries", "lone_exits")
+        )
+        both_sec = max(by_link["into_and_out_of_layers"][rows,] - attention_sec, 0.0)
+        stages["pre_attention"][rows,] = both_sec * entry_sec / (entry_sec + exit_sec)
+        stages["post_attention"][rows,] = both_sec * exit_sec / (entry_sec + exit_sec)
     return waiting_sec

@@ -42,7 +42,7 @@ class Timed:
     def median(self) -> float:
         return float(np.median(self.seconds))
 
-    def percentile(self, percent: float) -> float:
+    def percentile(self, percent: int) -> float:
         return float(np.percentile(self.seconds, percent))
 
     @property

@@ -49,7 +49,7 @@ def describe(table: ProfileTable) -> str:
     return "\n".join(lines)
 
 
-def run(config: Config, output: Path | None) -> None:
+def run(config: Config, output: Path | None, *, recalibrate: bool) -> None:
     """Measure where there is no profile yet, or it is asked for; print it and keep it."""
     if not config.scheduler.has_host_lane:
         raise ConfigError(
@@ -60,7 +60,7 @@ def run(config: Config, output: Path | None) -> None:
     try:
         profiler = engine.profiler
         assert profiler is not None
-        table = None if config.profile.recalibrate else profiler.kept(config.profile, _say)
+        table = None if recalibrate else profiler.kept(config.profile, _say)
         if table is None:
             table = profiler.profile(_say)
             if config.profile.cache_dir:
@@ -99,10 +99,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Do what the flags say; what cannot be done is one line on stderr and status 2."""
     del argv  # parse_flags has read it
-    config, output = _CONFIG.value, _OUTPUT.value
-    config.profile.recalibrate |= _RECALIBRATE.value
+    output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
     try:
-        run(config, None if output is None else Path(output))
+        run(_CONFIG.value, output, recalibrate=_RECALIBRATE.value)
     except ConfigError as error:
         command_line.refuse(str(error))
 

@@ -18,6 +18,7 @@ from apex_jax.backends.handles import HiddenHandle
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import Buckets
 from apex_jax.config import Config, SchedulerConfig
+from apex_jax.cost_model import Times
 from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch
 from apex_jax.engine import Engine
@@ -30,6 +31,17 @@ from apex_jax.scheduler import Scheduler
 from apex_jax.strategies import make_policy
 from apex_jax.timeline import Timeline
 from apex_jax.trace import LANES
+
+STRATEGIES = {
+    "device_only": SchedulerConfig(strategy="device_only"),
+    "full_offload": SchedulerConfig(strategy="full_offload"),
+    "asymmetric_pipelining": SchedulerConfig(strategy="asymmetric_pipelining"),
+    "async_overlap": SchedulerConfig(strategy="async_overlap"),
+    "staggered_2": SchedulerConfig(strategy="staggered", cohorts=2),
+    "staggered_4": SchedulerConfig(strategy="staggered", cohorts=4),
+    "passes_2": SchedulerConfig(strategy="passes", cohorts=2, passes=2),
+    "passes_4": SchedulerConfig(strategy="passes", cohorts=2, passes=4),
+}
 
 
 class Span(NamedTuple):
@@ -134,7 +146,8 @@ class SharedEngine:
         inner = self.whole._dispatch._backend
         assert isinstance(inner, XlaBackend)
         self.backend = watch(inner, self.whole.programs.buckets, self.device)
-        self.times = self._measure()
+        self.measured = self._measure()
+        self.times: Times = self.measured
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:
         return make_policy(settings, self.times, self.whole.programs.num_layers)
