@@ -147,9 +147,14 @@ class SchedulerConfig:
         return self.strategy != "device_only"
 
     @property
+    def chooses(self) -> bool:
+        """Whether the strategy chooses a schedule each sweep."""
+        return self.strategy in ("apex", "apex_paper")
+
+    @property
     def predicts(self) -> bool:
         """Whether the strategy goes by stage times."""
-        return self.strategy in ("apex", "apex_paper", "asymmetric_pipelining")
+        return self.chooses or self.strategy == "asymmetric_pipelining"
 
     @property
     def max_running(self) -> int:
@@ -208,6 +213,18 @@ class CompileConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Times of stages, for strategies that predict.
+
+    cache_dir: folder that keeps what launch/run_profiler.py measures; empty for none. recalibrate:
+    measure at every start, for seconds, even where a profile was kept.
+    """
+
+    cache_dir: str = "~/.cache/apex_jax/profiles"
+    recalibrate: bool = False
+
+
+@dataclass
 class Config:
     """Everything a job can be told."""
 
@@ -218,6 +235,7 @@ class Config:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     host: HostConfig = field(default_factory=HostConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def _require(ok: bool, flag: str, value: object, right: str) -> None:
@@ -289,6 +307,12 @@ def validate(config: Config) -> None:
     platform = config.device.platform
     _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
     _validate_host(config.host)
+    _require(
+        scheduler.predicts or not config.profile.recalibrate,
+        "profile.recalibrate",
+        True,
+        f"left out: {scheduler.strategy} goes by no stage times",
+    )
     span = config.compile.layers_per_program
     _require(span is None or span > 0, "compile.layers_per_program", span, "positive")
 

@@ -25,15 +25,19 @@ from apex_jax.backends.completions import Completions
 from apex_jax.backends.host_lane import HostLane, load_host_op
 from apex_jax.backends.host_programs import HostPrograms, choose_host_device
 from apex_jax.backends.xla import XlaBackend
-from apex_jax.calibration import calibrate
 from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus, validate
+from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
 from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs, plan_memory
 from apex_jax.models import weights
 from apex_jax.models.hf_config import ModelFolder, read_model_folder
 from apex_jax.monitor import StageMonitor
 from apex_jax.ops import native_library
+from apex_jax.ops.native_library import HostOp
 from apex_jax.placement import choose_device, choose_dtype, describe_plan, format_size
+from apex_jax.profile_batches import Capacity
+from apex_jax.profile_table import make_key
+from apex_jax.profiler import Profiler
 from apex_jax.programs import Programs, span_of_layers
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
@@ -86,8 +90,13 @@ class Engine:
         timeline: Timeline,
         workers: Workers,
         setup_sec: dict[str, float],
+        decisions: DecisionRecord,
+        profiler: Profiler | None = None,
     ):
+        """profiler: None for an engine over the arrays of another, which has one."""
+        self.decisions = decisions
         self.model, self.memory, self.programs = model, memory, programs
+        self.profiler = profiler
         self._scheduler, self._dispatch, self._timeline = scheduler, dispatch, timeline
         self._device, self._workers, self._setup_sec = device, workers, setup_sec
         self._previous: SweepHandle | None = None
@@ -177,20 +186,18 @@ class Engine:
             host_lane=workers.host_lane,
             staging=staging,
         )
+        profiler = _make_profiler(
+            backend, programs, memory, architecture, dtype, device, config, host_op
+        )
         monitor = None
         if config.scheduler.predicts:
-            times = calibrate(
-                backend,
-                shapes,
-                num_layers=architecture.num_layers,
-                num_pages=memory.num_pages,
-                num_host_pages=memory.num_host_pages,
-            )
+            times = profiler.times(config.profile, on_progress)
             monitor = StageMonitor(times, programs.num_layers)
             timeline.on_end = monitor.ended
         policy = make_policy(
             config.scheduler, None if monitor is None else monitor.times, programs.num_layers
         )
+        timeline.forget()  # what was measured is no part of the job
         scheduler = Scheduler(
             buckets=shapes,
             num_layers=architecture.num_layers,
@@ -219,7 +226,17 @@ class Engine:
             architecture=architecture,
         )
         return cls(
-            model, scheduler, dispatch, programs, memory, device, timeline, workers, setup_sec
+            model,
+            scheduler,
+            dispatch,
+            programs,
+            memory,
+            device,
+            timeline,
+            workers,
+            setup_sec,
+            DecisionRecord(policy, monitor),
+            profiler,
         )
 
     @property
@@ -276,6 +293,10 @@ class Engine:
             f"{format_size(programs.temp_bytes)}; weights in {self._setup_sec['load']:.1f} s"
         )
 
+    def log_decisions(self, on_decision: Callable[[dict[str, Any]], None]) -> None:
+        """Hand each sweep's decision on, as JSON values, where the strategy chooses."""
+        self.decisions.on_decision = on_decision
+
     def metrics(self) -> dict[str, Any]:
         """Return figures of the run so far, as JSON values; bytes and seconds as named."""
         memory, stats = self.memory, self._scheduler.stats
@@ -303,6 +324,9 @@ class Engine:
             "max_pages": stats.max_pages,
             "num_pages": memory.num_pages,
         }
+        prediction = self.decisions.summary()
+        if prediction:
+            metrics["prediction"] = prediction
         if memory.num_host_pages:
             metrics["planned_bytes"]["host_kv_cache"] = memory.host_pool_bytes
             metrics["planned_bytes"]["host_lane_on_device"] = memory.lane_bytes
@@ -345,6 +369,7 @@ class Engine:
             if timeline.is_tracing:
                 args["requests"] = scheduler.requests_by_group()
             timeline.span("scheduler", "plan", begin_sec, planned_sec, **args)
+            self.decisions.planned(plan)
             launched = self._dispatch.launch(plan)
             scheduler.launched(launched.sampled_cohorts, launched.finished_moves)
             timeline.span("dispatch", "launch", planned_sec, time.perf_counter(), **args)
@@ -360,6 +385,7 @@ class Engine:
             surplus = self._step()
             assert not surplus, f"{len(surplus)} requests finished twice"
         self._scheduler.check_ledger()
+        self.decisions.rested()
         self._idle_since_sec = time.perf_counter()
 
     def _commit_previous(self) -> list[RequestOutput]:
@@ -369,6 +395,7 @@ class Engine:
         self._previous = None
         start_sec = time.perf_counter()
         outputs = self._scheduler.commit(tokens_b, start_sec)
+        self.decisions.swept(start_sec)
         self._timeline.span("scheduler", "commit", start_sec, time.perf_counter())
         return outputs
 
@@ -420,6 +447,38 @@ def _make_host_lane(
         timeline.watch_threads(native_library.take_spans)
     cpus = parse_cpus(config.host.cpus)
     return HostLane(programs, device, on_span=timeline.span, cpus=cpus)
+
+
+def _make_profiler(
+    backend: XlaBackend,
+    programs: Programs,
+    memory: MemoryPlan,
+    architecture: LlamaConfig,
+    dtype: np.dtype,
+    device: jax.Device,
+    config: Config,
+    host_op: HostOp | None,
+) -> Profiler:
+    """Return what measures this engine; without a host lane nothing asks it to."""
+    capacity = Capacity(
+        num_layers=architecture.num_layers,
+        span=programs.num_layers,
+        num_pages=memory.num_pages,
+        num_host_pages=memory.num_host_pages,
+        max_model_len=memory.max_model_len,
+    )
+    key = make_key(
+        device=device.device_kind,
+        model=architecture,
+        dtype=dtype.name,
+        precision=config.model.precision,
+        isa=host_op.isa if host_op else "",
+        num_threads=host_op.num_threads if host_op else 0,
+        cpus=host_op.cpus if host_op else (),
+        shapes=programs.buckets,
+        capacity=capacity,
+    )
+    return Profiler(backend, programs.buckets, capacity, key)
 
 
 def _read_folder(config: Config) -> ModelFolder | None:

@@ -21,7 +21,7 @@ from apex_jax.packing import DecodeArrays, PrefillArrays
 
 
 class ProgramKey(NamedTuple):
-    """A stage and the bucket it is compiled for. (A dataclass takes ten times as long to look up.)"""
+    """A stage and the bucket it is compiled for; a dataclass takes ten times as long to look up."""
 
     stage: str
     shape: tuple[int, ...]

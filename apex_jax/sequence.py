@@ -81,7 +81,8 @@ class Sequence:
         if self.first_token_sec is None:
             self.first_token_sec = now_sec
         self.last_token_sec = now_sec
-        if token in self.stop_token_ids:
+        is_last = self.request.is_last
+        if token in self.stop_token_ids or (is_last is not None and is_last(token)):
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) == self.max_num_tokens:
             self.finish_reason = FinishReason.LENGTH

@@ -72,6 +72,11 @@ class Timeline:
         with self._lock:
             self._meter.add(Kind.REST, start_sec, end_sec)
 
+    def forget(self) -> None:
+        """Let the figures begin anew: what was measured before a job is no part of it."""
+        with self._lock:
+            self._meter = BusyMeter()
+
     def watch_threads(self, take_spans: TakeSpans) -> None:
         """Show what native threads do; `take_spans` is called twice a second while tracing."""
         if self._trace is not None:

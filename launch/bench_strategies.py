@@ -30,6 +30,7 @@ from apex_jax.memory import GIB
 from apex_jax.overlap import BusyMeter, Kind
 from apex_jax.pages import num_pages_for
 from apex_jax.policies import Policy
+from apex_jax.profile_table import measurements_to_json
 from apex_jax.request import Request, SamplingParams
 from apex_jax.trace import Event, TraceFile
 from launch.environment import environment
@@ -373,7 +374,7 @@ def main(argv: Sequence[str]) -> int:
         "model": dataclasses.asdict(shared.whole.model.architecture),
         "dtype": shared.whole.model.dtype,
         "prompt_tokens": _PROMPT.value,
-        "idle_stage_times": dataclasses.asdict(shared.times),
+        "idle_stage_times": measurements_to_json(shared.measured.measurements),
         "environment": environment(shared.device),
     }
     results = ResultFile(Path(_OUTPUT.value), header, _BUDGET.value)

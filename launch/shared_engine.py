@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from apex_jax.backends.handles import HiddenHandle
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import Buckets
-from apex_jax.calibration import calibrate
 from apex_jax.config import Config, SchedulerConfig
-from apex_jax.cost_model import StageTimes
+from apex_jax.cost_model import Times
+from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch
 from apex_jax.engine import Engine
 from apex_jax.hardware import Handle, Job, Layers, Stage, StagedLayer, name_of
+from apex_jax.measured_times import MeasuredTimes
 from apex_jax.memory import MAX_TRANSIT_PAGES
 from apex_jax.plan import PrefillBatch
 from apex_jax.policies import Policy
@@ -145,7 +146,8 @@ class SharedEngine:
         inner = self.whole._dispatch._backend
         assert isinstance(inner, XlaBackend)
         self.backend = watch(inner, self.whole.programs.buckets, self.device)
-        self.times = self._measure()
+        self.measured = self._measure()
+        self.times: Times = self.measured
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:
         return make_policy(settings, self.times, self.whole.programs.num_layers)
@@ -189,6 +191,7 @@ class SharedEngine:
             self.timeline,
             whole._workers,
             whole._setup_sec,
+            DecisionRecord(policy, None),
         )
         return Started(engine, scheduler, dispatch)
 
@@ -201,16 +204,11 @@ class SharedEngine:
     def close(self) -> None:
         self.whole.close()
 
-    def _measure(self) -> StageTimes:
+    def _measure(self) -> MeasuredTimes:
         """Return stage times of idle hardware; predicting strategies go by them."""
-        memory = self.whole.memory
-        return calibrate(
-            self.backend,
-            self.whole.programs.buckets,
-            num_layers=self.whole.model.architecture.num_layers,
-            num_pages=memory.num_pages,
-            num_host_pages=memory.num_host_pages,
-        )
+        profiler = self.whole.profiler
+        assert profiler is not None
+        return profiler.calibrate()
 
 
 def use_two_cpu_devices(*, one_core_each: bool) -> None:

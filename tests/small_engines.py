@@ -23,6 +23,7 @@ from apex_jax.config import (
     ModelConfig,
     SchedulerConfig,
 )
+from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch
 from apex_jax.engine import Engine
 from apex_jax.hardware import Job
@@ -163,6 +164,7 @@ def with_limits(
         engine._timeline,
         engine._workers,
         engine._setup_sec,
+        DecisionRecord(policy, None),
     )
 
 

@@ -1,0 +1,39 @@
+"""Starting the real engine: what the process must be told before jax is.
+
+Called by the commands that run or measure an engine. Imports jax only when it is called: a misspelt
+flag should not wait for it.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from apex_jax.config import Config
+from apex_jax.timeline import Timeline
+
+if TYPE_CHECKING:
+    from apex_jax.engine import Engine
+
+
+def create_engine(
+    config: Config, on_progress: Callable[[str], None], timeline: Timeline | None = None
+) -> "Engine":
+    """Return an engine; ConfigError says what cannot be had."""
+    # JAX takes 75 % of a GPU, and what it does not take no KV cache can use.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
+    for library in ("jax", "absl", "orbax"):  # they tell what only their developers need
+        logging.getLogger(library).setLevel(logging.WARNING)
+    if config.device.platform == "cpu":
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # else a GPU that is not wanted is set up too
+    if config.scheduler.has_host_lane:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", 2)  # one may have to stand in for a GPU
+    on_progress("starting JAX")
+    from apex_jax.engine import Engine
+
+    return Engine.create(config, on_progress, timeline)
