@@ -199,7 +199,8 @@ class CompileConfig:
     """cache_dir: folder that keeps compiled programs between runs; empty for none.
 
     layers_per_program: decoder layers compiled into one program; None picks a divisor of the layer
-        count, so that a deep model compiles a few layers once and runs them several times.
+        count, so that a deep model compiles a few layers once and runs them several times; with a
+        host lane a smaller one.
     """
 
     cache_dir: str = "~/.cache/apex_jax/xla"

@@ -9,6 +9,7 @@ Points: a token of a cohort passes points 0 to L. Point 0 embeds it and enters l
 samples. Between two points lies the host's attention of one layer. Imports no jax.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ from apex_jax.plan import (
     SweepPlan,
 )
 from apex_jax.policies import Action, CohortView, Policy
+
+
+AT_ONCE = -math.inf  # a deadline that has passed on every clock
 
 
 class StuckError(RuntimeError):
@@ -497,7 +501,7 @@ class Dispatch:
         return handles
 
     def _is_ready(self, handle: Handle) -> bool:
-        return self._backend.wait_any([handle], self._backend.now()) is not None
+        return self._backend.wait_any((handle,), AT_ONCE) is not None
 
     def _queue_depth(self) -> int:
         """Return how many stages the device has left to end, as far as is known."""

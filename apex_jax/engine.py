@@ -137,7 +137,9 @@ class Engine:
             buckets=shapes,
             num_pages=memory.num_pages,
             num_slots=config.scheduler.max_running,
-            num_layers=span_of_layers(architecture.num_layers, config.compile.layers_per_program),
+            num_layers=span_of_layers(
+                architecture.num_layers, config.compile.layers_per_program, has_host_lane=has_host
+            ),
             device=device,
             precision=config.model.precision,
         )

@@ -75,6 +75,8 @@ class Predictor:
         self._num_layers = times.num_layers
 
     def device_only(self, demand: Demand) -> Prediction:
+        if not demand.device_rows:
+            return Prediction(DEVICE_ONLY, demand.prompt_sec, 0.0)
         sweep_sec = self._device_sweep_sec(demand, 0)
         return Prediction(DEVICE_ONLY, sweep_sec, demand.device_rows / sweep_sec)
 
@@ -225,7 +227,7 @@ class Predictor:
             for head_start_sec in head_starts_sec
         )
         fewest = -(-(first + alone * (num_layers - 2) + merged) // num_layers)
-        return fewest if passes is None else max(fewest, 1 - (-num_layers // passes))
+        return fewest if passes is None else max(fewest, 1.0 - (-num_layers // passes))
 
     def _device_sweep_sec(self, demand: Demand, num_single: int) -> float:
         """Return the time of a sweep of the device's own rows: Python's where that is more.

@@ -17,6 +17,10 @@ from apex_jax.config import ConfigError, LlamaConfig
 from apex_jax.lowering import Lowering, ProgramKey
 
 MAX_LAYERS_PER_PROGRAM = 11  # compile time grows with it, dispatches per sweep shrink
+# With a host lane the rows leave and enter single layers around each cohort's place, the more of
+# them the longer the programs. Of 32 layers 4 take the fewest stages a sweep, with one cohort 24
+# (8 layers take 27), with two 28 (35), with four 36 (57).
+MAX_LAYERS_BESIDE_COHORTS = 5
 
 
 class Programs:
@@ -92,10 +96,10 @@ class Programs:
         return self._lowering.all_stages()
 
 
-def span_of_layers(num_layers: int, requested: int | None) -> int:
-    """Return how many layers a program takes: the largest divisor of num_layers up to 11."""
+def span_of_layers(num_layers: int, requested: int | None, *, has_host_lane: bool) -> int:
+    """Return how many layers a program takes: the largest divisor of num_layers up to a limit."""
     if requested is None:
-        limit = MAX_LAYERS_PER_PROGRAM
+        limit = MAX_LAYERS_BESIDE_COHORTS if has_host_lane else MAX_LAYERS_PER_PROGRAM
         return max(span for span in range(1, limit + 1) if num_layers % span == 0)
     if num_layers % requested:
         raise ConfigError(

@@ -3,8 +3,10 @@
 Owns the ranges of sampling parameters and the derived facts of a running sequence. Imports no jax.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import cast
 
 
 class RequestError(ValueError):
@@ -23,7 +25,8 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_k: 0 is off. seed: any 64-bit integer; with the sample index and
     the position it alone determines the randomness. stop_token_ids end the output (and stay in
-    it), like the model's own EOS tokens unless ignore_eos.
+    it), like the model's own EOS tokens unless ignore_eos. stop: strings that end the output, whose
+    text ends before them, or behind them with include_stop_str_in_output.
     """
 
     max_tokens: int = 16
@@ -33,6 +36,8 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         for name, value, ok, right in (
@@ -41,18 +46,32 @@ class SamplingParams:
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 is off)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
+            ("stop", self.stop, _are_texts(self.stop), "a tuple of strings that are not empty"),
         ):
             if not ok:
                 raise RequestError(f"{name} is {value}; it must be {right}")
 
 
+def _are_texts(value: object) -> bool:
+    """Whether a value is a list of texts; one text alone would be taken for its characters."""
+    if not isinstance(value, tuple | list):
+        return False
+    items = cast(Sequence[object], value)
+    return all(isinstance(one, str) and one for one in items)
+
+
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to continue it."""
+    """One prompt and how to continue it.
+
+    is_last: asked with each output token, once and in order, unless that is a stop token; True
+    ends the output with it. It watches for sampling.stop: the engine knows no text.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    is_last: Callable[[int], bool] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

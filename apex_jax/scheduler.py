@@ -182,6 +182,8 @@ class Scheduler:
                 f"{num_tokens}; the limit here is {self.max_model_len} (the model's context, "
                 "scheduler.max_model_len or what the KV cache holds, whichever is least)"
             )
+        if sampling.stop and request.is_last is None:
+            raise RequestError("stop is given, and the request has no is_last to find it")
         stops = frozenset(sampling.stop_token_ids)
         self._num_unfinished += 1
         self._waiting.append(
@@ -309,8 +311,9 @@ class Scheduler:
                 # It may have been driven out itself, or wait for the page of one who leaves.
                 if sequence.lane is not Lane.DEVICE or sequence.is_moving:
                     continue
-            if self._device.grow(sequence):
-                ready.append(sequence)
+                if not self._device.grow(sequence):
+                    continue
+            ready.append(sequence)
         return ready
 
     def _make_room(self, sequence: Sequence, moves: list[Move]) -> None:

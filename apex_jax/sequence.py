@@ -49,14 +49,14 @@ class Sequence:
     first_token_sec: float | None = None
     last_token_sec: float | None = None
     finish_reason: FinishReason | None = None
+    max_num_tokens: int = field(init=False)  # no property: every row is asked in every sweep
+
+    def __post_init__(self) -> None:
+        self.max_num_tokens = len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids) + self.num_unread
-
-    @property
-    def max_num_tokens(self) -> int:
-        return len(self.request.prompt_token_ids) + self.request.sampling.max_tokens
 
     @property
     def is_fully_planned(self) -> bool:
@@ -71,8 +71,9 @@ class Sequence:
     @property
     def is_ready(self) -> bool:
         """Whether it stands between two tokens and wants another."""
-        is_busy = self.is_moving or self.cohort_id is not None or self.finish_reason is not None
-        return self.is_decoding and not is_busy and not self.is_fully_planned
+        if not self.is_decoding or self.is_moving or self.cohort_id is not None:
+            return False
+        return self.finish_reason is None and not self.is_fully_planned
 
     def append(self, token: int, now_sec: float) -> None:
         """Take a token that was read, and see whether it is the last."""
@@ -80,7 +81,8 @@ class Sequence:
         if self.first_token_sec is None:
             self.first_token_sec = now_sec
         self.last_token_sec = now_sec
-        if token in self.stop_token_ids:
+        is_last = self.request.is_last
+        if token in self.stop_token_ids or (is_last is not None and is_last(token)):
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) == self.max_num_tokens:
             self.finish_reason = FinishReason.LENGTH

@@ -36,7 +36,7 @@ from apex_jax.trace import Event, TraceFile
 from launch.environment import environment
 from launch.measuring import ResultFile, Row
 from launch.schedule_arithmetic import Load, expected_rate, published_ratio
-from launch.shared_engine import SharedEngine, WatchedBackend, use_two_cpu_devices
+from launch.shared_engine import STRATEGIES, SharedEngine, WatchedBackend, use_two_cpu_devices
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Of the model; unset: a small one.")
 _OUTPUT = flags.DEFINE_string("output", "docs/results/strategies.json", "Result file.")
@@ -69,16 +69,6 @@ TINY = LlamaConfig(2, 64, 128, 4, 2, 16, 256, 1024)
 OUTPUT_TOKENS = 512  # more than are ever awaited
 MAX_IDLE_SWEEPS = 8  # without a prompt's progress: then nobody else finds room
 GROWTH_PAGES = 8  # of each device row's KV, while it is looked at
-STRATEGIES = {
-    "device_only": SchedulerConfig(strategy="device_only"),
-    "full_offload": SchedulerConfig(strategy="full_offload"),
-    "asymmetric_pipelining": SchedulerConfig(strategy="asymmetric_pipelining"),
-    "async_overlap": SchedulerConfig(strategy="async_overlap"),
-    "staggered_2": SchedulerConfig(strategy="staggered", cohorts=2),
-    "staggered_4": SchedulerConfig(strategy="staggered", cohorts=4),
-    "passes_2": SchedulerConfig(strategy="passes", cohorts=2, passes=2),
-    "passes_4": SchedulerConfig(strategy="passes", cohorts=2, passes=4),
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,17 @@ from apex_jax.strategies import make_policy
 from apex_jax.timeline import Timeline
 from apex_jax.trace import LANES
 
+STRATEGIES = {
+    "device_only": SchedulerConfig(strategy="device_only"),
+    "full_offload": SchedulerConfig(strategy="full_offload"),
+    "asymmetric_pipelining": SchedulerConfig(strategy="asymmetric_pipelining"),
+    "async_overlap": SchedulerConfig(strategy="async_overlap"),
+    "staggered_2": SchedulerConfig(strategy="staggered", cohorts=2),
+    "staggered_4": SchedulerConfig(strategy="staggered", cohorts=4),
+    "passes_2": SchedulerConfig(strategy="passes", cohorts=2, passes=2),
+    "passes_4": SchedulerConfig(strategy="passes", cohorts=2, passes=4),
+}
+
 
 class Span(NamedTuple):
     """lane, name, start_sec, end_sec: as a timeline takes them. args: with layer, rows, ..."""

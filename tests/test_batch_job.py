@@ -32,6 +32,7 @@ from apex_jax.batch.statistics import Statistics, format_bytes, format_duration,
 from apex_jax.config import ConfigError, SamplingDefaults
 from apex_jax.overlap import Figures
 from apex_jax.request import FinishReason, Request, RequestOutput, SamplingParams
+from apex_jax.text.tokenizer import JsonTokenizer
 
 BAD_LINES = [
     "not json\n",
@@ -106,6 +107,102 @@ def test_stop_token_is_in_token_ids_but_not_in_text(job):
     choice = line["response"]["body"]["choices"][0]
     assert choice["token_ids"] == [65, 66, 67]
     assert choice["text"] == "bc"
+    assert choice["stop_reason"] == 67
+
+
+def test_stop_strings_end_outputs(job):
+    tokenizer = JsonTokenizer(write_byte_tokenizer(job.folder))
+
+    class Speaking(FakeEngine):
+        def step(self):
+            outputs = []
+            for request in self.waiting:
+                tokens = tokenizer.encode("one two three", add_special_tokens=False)
+                count = next((i for i, one in enumerate(tokens, 1) if request.is_last(one)), None)
+                reason = FinishReason.LENGTH if count is None else FinishReason.STOP
+                times = (0.0, 1.0, 2.0)
+                outputs.append(RequestOutput(request, tokens[:count], reason, *times, 0, 0))
+            self.waiting.clear()
+            return outputs
+
+    stops = {
+        "a": {"stop": " t"},
+        "b": {"stop": ["?", " two"], "include_stop_str_in_output": True},
+        "c": {"stop": "four"},
+    }
+    lines = [{"custom_id": name, "prompt": "x", **stop} for name, stop in stops.items()]
+    write_lines(job.input, lines)
+    assert job.run(engine=Speaking) == 0
+    items = read_output(job.output)
+    choices = [item["response"]["body"]["choices"][0] for item in items]
+    assert [choice["text"] for choice in choices] == ["one", "one two", "one two three"]
+    assert [choice["stop_reason"] for choice in choices] == [" t", " two", None]
+    assert [choice["finish_reason"] for choice in choices] == ["stop", "stop", "length"]
+    assert [len(choice["token_ids"]) for choice in choices] == [5, 7, 13]
+    assert items[0]["response"]["body"]["usage"]["completion_tokens"] == 5
+
+    job.output.write_bytes(job.output.read_bytes()[:20])
+    assert job.run(engine=Speaking) == 0
+    assert without_time(read_output(job.output)) == without_time(items)
+
+
+def test_stop_strings_need_a_tokenizer(job):
+    write_lines(job.input, [{"custom_id": "a", "prompt": [1], "stop": "x"}])
+    assert job.run() == 1
+    (line,) = read_output(job.output)
+    assert line["error"]["message"] == (
+        f"stop is text, and there is no {job.folder}/tokenizer.json or tokenizer.model: give "
+        "stop_token_ids"
+    )
+
+
+def write_template(folder, template):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": template, "bos_token": "<bos>"}))
+
+
+def test_chat_line(job):
+    write_byte_tokenizer(job.folder)
+    write_template(job.folder, "{{ bos_token }}{{ messages[0].content }}:")
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    write_lines(job.input, [{"custom_id": "a", "url": "/v1/chat/completions", "body": body}])
+    assert job.run() == 0
+    (line,) = read_output(job.output)
+    body = line["response"]["body"]
+    (choice,) = body["choices"]
+    assert body["id"].startswith("chatcmpl-")
+    assert body["object"] == "chat.completion"
+    assert set(choice["message"]) == {"role", "content"}
+    assert choice["message"]["role"] == "assistant"
+    assert isinstance(choice["message"]["content"], str)
+    assert "text" not in choice
+    assert body["usage"]["prompt_tokens"] == 4  # <bos>, h, i, :
+
+    write_template(job.folder, "other")
+    assert job.run() == 2
+    assert "belongs to another job: chat_template_sha256 was" in job.said
+
+
+def test_a_resumed_job_tells_chats_the_time_of_its_first_start(job):
+    write_byte_tokenizer(job.folder)
+    write_template(job.folder, "{{ strftime_now('%f') }}")
+    prompts = []
+
+    class Listening(FakeEngine):
+        def submit(self, request):
+            prompts.append(request.prompt_token_ids)
+            super().submit(request)
+
+    line = {"custom_id": "a", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    write_lines(job.input, [line])
+    assert job.run(engine=Listening) == 0
+    whole = job.output.read_bytes()
+    write_lines(job.input, [line, {**line, "custom_id": "b"}])
+    assert job.run(engine=Listening) == 0
+    assert job.output.read_bytes().startswith(whole)
+    assert prompts[0] == prompts[1]
+    assert job.run(engine=Listening, overwrite=True) == 0
+    assert prompts[2] == prompts[3] != prompts[1]
 
 
 def test_every_line_is_answered_once_and_bad_ones_say_why(job):
@@ -122,7 +219,8 @@ def test_every_line_is_answered_once_and_bad_ones_say_why(job):
         33: "line 33: custom_id is missing: it is what finds the result, and what resumes",
         34: "516 tokens, and the limit is 200",
         35: "line 35: custom_id is that of line 4 already; every line needs its own",
-        36: f"prompt is text, and there is no {job.folder}/tokenizer.json: give prompt_token_ids",
+        36: f"prompt is text, and there is no {job.folder}/tokenizer.json or tokenizer.model: give "
+        "prompt_token_ids",
     }
     assert [errors[line]["custom_id"] for line in (31, 32, 33, 34, 35)] == [
         None,

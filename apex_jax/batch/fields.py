@@ -33,7 +33,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "stream_options": (),
     "echo": (False,),
     "suffix": ("",),
-    "stop": ([],),
     "logprobs": (False,),
     "prompt_logprobs": (False,),
     "logit_bias": ({},),
@@ -42,7 +41,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (1,),
     "min_p": (0,),
     "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
@@ -58,8 +56,9 @@ BODY_FIELDS = (
 _REMEDIES: Mapping[str, str] = {
     "n": "repeat the line under other custom_ids",
     "best_of": "repeat the line under other custom_ids",
-    "stop": "use stop_token_ids",
-    "messages": "/v1/chat/completions is not served by this version: give prompt",
+    "messages": "/v1/chat/completions takes it",
+    "prompt": "/v1/chat/completions takes messages",
+    "prompt_token_ids": "/v1/chat/completions takes messages",
     "max_completion_tokens": "/v1/completions calls it max_tokens",
 }
 
@@ -102,14 +101,23 @@ def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> N
         raise RequestError(f"{where} has an unknown field {show(name)}: {remedy}")
 
 
-def refuse_unserved(body: Mapping[str, Any]) -> None:
-    """Raise RequestError for a field that asks for what this version does not do."""
-    for name, neutral in NEUTRAL_VALUES.items():
+def refuse_unserved(
+    body: Mapping[str, Any],
+    neutral_values: Mapping[str, tuple[object, ...]] = NEUTRAL_VALUES,
+    where: str = "",
+) -> None:
+    """Raise RequestError for a field that asks for what this version does not do.
+
+    where: what stands before a field's name in the message.
+    """
+    for name, neutral in neutral_values.items():
         value = body.get(name)
         if value is None or any(value == one and _same_kind(value, one) for one in neutral):
             continue
         remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
-        raise RequestError(f"{name} is {show(value)}, which this version does not do{remedy}")
+        raise RequestError(
+            f"{where}{name} is {show(value)}, which this version does not do{remedy}"
+        )
 
 
 def _same_kind(value: object, other: object) -> bool:
@@ -170,6 +178,15 @@ def read_token_ids(name: str, value: object) -> tuple[int, ...]:
         if not 0 <= token_id < 2**31:
             raise RequestError(f"{name}[{index}] is {show(token_id)}, which is no token id")
     raise AssertionError("one of them is no token id")
+
+
+def read_stop(name: str, value: object) -> tuple[str, ...]:
+    """Return `value`, a string or an array of strings."""
+    if is_array(value):
+        return tuple(read_text(f"{name}[{index}]", one) for index, one in enumerate(value))
+    if isinstance(value, str):
+        return (read_text(name, value),)
+    raise RequestError(f"{name} is {show(value)}; it must be a string or an array of strings")
 
 
 def read_prompt(body: Mapping[str, Any]) -> str | tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from apex_jax.batch.id_index import IdIndex
 from apex_jax.batch.identity import (
+    chat_time,
     hash_identity,
     identify,
     known_before_loading,
@@ -40,7 +41,7 @@ from apex_jax.batch.resume import (
 )
 from apex_jax.batch.statistics import Statistics, format_bytes, format_summary
 from apex_jax.config import Config, ConfigError, validate
-from apex_jax.text import Tokenizer, load_tokenizer
+from apex_jax.text.model_text import ModelText, load_text
 from apex_jax.timeline import Timeline
 from apex_jax.trace import TraceFile
 
@@ -108,20 +109,20 @@ class _Job:
             source = stack.enter_context(_open_input(options.input))
             journal = Journal(options.output)
             stack.callback(journal.close)
-            tokenizer = self._load_tokenizer()
-            known = known_before_loading(self._config, tokenizer)
+            text = self._load_text(journal)
+            known = known_before_loading(self._config, text)
             jobs = self._read_output(journal, known)
             trace = self._open_trace(stack)
             started_sec = time.monotonic()
             engine = create_engine(self._config, self._progress.message, Timeline(trace))
             stack.callback(engine.close)
             startup_sec = time.monotonic() - started_sec
-            if tokenizer is not None:
-                tokenizer.check_vocabulary(engine.model.architecture.vocab_size)
-            identity = identify(self._config, tokenizer, engine.model)
+            if text.tokenizer is not None:
+                text.tokenizer.check_vocabulary(engine.model.architecture.vocab_size)
+            identity = identify(self._config, text, engine.model)
             check_identity(journal.path, jobs, identity, whole=True)
             self._progress.message(engine.describe())
-            self._progress.message(self._describe(engine, tokenizer, source))
+            self._progress.message(self._describe(engine, text, source))
 
             self._interruption.defer()
             self.has_begun = True
@@ -130,7 +131,7 @@ class _Job:
             loop = JobLoop(
                 self._config,
                 engine,
-                tokenizer,
+                text,
                 read_lines(source),
                 journal,
                 self._index,
@@ -189,12 +190,13 @@ class _Job:
         stack.callback(trace.close)
         return trace
 
-    def _load_tokenizer(self) -> Tokenizer | None:
+    def _load_text(self, journal: Journal) -> ModelText:
         path = self._config.model.path
+        folder = None if path is None else Path(path).expanduser()
         # Said before the folder is compared with an existing output's, which would hide a typo.
-        if path is not None and not Path(path).expanduser().is_dir():
+        if folder is not None and not folder.is_dir():
             raise ConfigError(f"--config.model.path is {path!r}; there is no such folder")
-        return None if path is None else load_tokenizer(Path(path).expanduser())
+        return load_text(folder, None if self._options.overwrite else chat_time(journal.path))
 
     def _read_output(self, journal: Journal, known: Mapping[str, Any]) -> set[str]:
         """Learn what is finished; refuse what the input alone shows. Returns the job hashes."""
@@ -218,22 +220,21 @@ class _Job:
         if journal.is_regular:
             write_sidecar(journal.path, identity)
 
-    def _describe(
-        self, engine: BatchEngine, tokenizer: Tokenizer | None, source: io.BufferedReader
-    ) -> str:
+    def _describe(self, engine: BatchEngine, text: ModelText, source: io.BufferedReader) -> str:
         """Say what the job adds to the engine's plan."""
         options, vocab_size = self._options, engine.model.architecture.vocab_size
         size = _size(source)
         shown = "size unknown" if size is None else format_bytes(size)
-        text = "none: token-id prompts only"
+        tokenizer = text.tokenizer
+        read_by = "none: token-id prompts only"
         if tokenizer is not None:
-            text = f"{tokenizer.path}, {tokenizer.num_tokens} tokens (model: {vocab_size})"
+            read_by = f"{tokenizer.path}, {tokenizer.num_tokens} tokens (model: {vocab_size})"
         finished = f"{self._index.num_finished} lines finished before"
         if self._index.num_failed:
             finished += f", {self._index.num_failed} of them failed"
         order = "input order" if options.ordered else "as they finish"
         return (
-            f"tokenizer  {text}\n"
+            f"tokenizer  {read_by}\n"
             f"input      {options.input}, {shown}\n"
             f"output     {options.output}, {order}; {finished}"
         )
