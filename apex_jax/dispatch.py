@@ -44,7 +44,9 @@ from apex_jax.plan import (
     HostPrefillBatch,
     Move,
     PrefillBatch,
+    Sampled,
     SweepPlan,
+    join_sampled,
 )
 from apex_jax.policies import Action, CohortView, Policy
 
@@ -202,8 +204,8 @@ class Dispatch:
             tuple(sweep.finished_moves),
         )
 
-    def read(self, sweep: SweepHandle) -> Int32[np.ndarray, "b"]:
-        """Wait for the sweep and return its sampled tokens, in the order of its heads.
+    def read(self, sweep: SweepHandle) -> Sampled:
+        """Wait for the sweep and return what it sampled, in the order of its heads.
 
         Raises StuckError after the watchdog's time.
         """
@@ -214,8 +216,7 @@ class Dispatch:
                     f"sweep {sweep.sweep_id} did not complete within {self._watchdog_sec:g} s; "
                     f"{self.describe()}"
                 )
-        tokens = [head.read() for head in sweep.heads]
-        return np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+        return join_sampled([head.read() for head in sweep.heads])
 
     def describe(self) -> str:
         """Return where everything stands, in a line, for error messages."""
@@ -433,8 +434,9 @@ class Dispatch:
                 while not self._has_transit_room(len(part.host_pages_i)):
                     self._wait([self._transit[0][1]])
                 self._to_host(layer, part.staging_pages_i, part.host_pages_i, from_staging=True)
-        if part.head is not None:
-            sweep.heads += self._enqueue(Head((part.head,)), self._host_prefill[-1])
+        for index, head in part.heads:
+            sweep.heads += self._enqueue(Head((head,)), self._host_prefill[index])
+        if part.heads:
             self._host_prefill = []
 
     def _to_host(

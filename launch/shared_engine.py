@@ -158,7 +158,8 @@ class SharedEngine:
         inner = self.whole._dispatch._backend
         assert isinstance(inner, XlaBackend)
         self.backend = watch(inner, self.whole.programs.buckets, self.device)
-        self.times: Times = self._measure()
+        self.measured = self._measure()
+        self.times: Times = self.measured
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:
         return make_policy(settings, self.times, self.whole.programs.num_layers)
