@@ -147,9 +147,14 @@ class SchedulerConfig:
         return self.strategy != "device_only"
 
     @property
+    def chooses(self) -> bool:
+        """Whether the strategy chooses a schedule each sweep."""
+        return self.strategy in ("apex", "apex_paper")
+
+    @property
     def predicts(self) -> bool:
         """Whether the strategy goes by stage times."""
-        return self.strategy in ("apex", "apex_paper", "asymmetric_pipelining")
+        return self.chooses or self.strategy == "asymmetric_pipelining"
 
     @property
     def max_running(self) -> int:

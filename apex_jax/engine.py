@@ -142,6 +142,7 @@ class Engine:
             ),
             device=device,
             precision=config.model.precision,
+            on_late=on_progress,
         )
         setup_sec: dict[str, float] = {}
         start_sec = time.perf_counter()
@@ -293,6 +294,10 @@ class Engine:
             f"{format_size(programs.temp_bytes)}; weights in {self._setup_sec['load']:.1f} s"
         )
 
+    def log_decisions(self, on_decision: Callable[[dict[str, Any]], None]) -> None:
+        """Hand each sweep's decision on, as JSON values, where the strategy chooses."""
+        self.decisions.on_decision = on_decision
+
     def metrics(self) -> dict[str, Any]:
         """Return figures of the run so far, as JSON values; bytes and seconds as named."""
         memory, stats = self.memory, self._scheduler.stats
@@ -387,10 +392,10 @@ class Engine:
     def _commit_previous(self) -> list[RequestOutput]:
         if self._previous is None:
             return []
-        tokens_b = self._dispatch.read(self._previous)
+        sampled = self._dispatch.read(self._previous)
         self._previous = None
         start_sec = time.perf_counter()
-        outputs = self._scheduler.commit(tokens_b, start_sec)
+        outputs = self._scheduler.commit(sampled, start_sec)
         self.decisions.swept(start_sec)
         self._timeline.span("scheduler", "commit", start_sec, time.perf_counter())
         return outputs

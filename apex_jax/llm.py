@@ -24,7 +24,13 @@ from apex_jax.batch.lines import check_defaults, derive_seed
 from apex_jax.batch.protocol import BatchEngine
 from apex_jax.config import Config, ConfigError
 from apex_jax.engine import Engine
-from apex_jax.request import FinishReason, RequestError, RequestOutput, SamplingParams
+from apex_jax.request import (
+    FinishReason,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 from apex_jax.settings import with_settings
 from apex_jax.text.model_text import Prompt, load_text
 
@@ -48,13 +54,14 @@ class Completion:
     """One continuation of a prompt.
 
     text: None without a tokenizer. stop_reason: the stop string or the token of stop_token_ids that
-    ended it, if one did.
+    ended it, if one did. logprobs: of each token, where the request asks for them.
     """
 
     text: str | None
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stop_reason: str | int | None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -269,6 +276,10 @@ def _read_prompt(prompt: object) -> Prompt:
 def _to_generation(finished: Finished[int]) -> Generation:
     output = finished.output
     completion = Completion(
-        finished.text, output.token_ids, output.finish_reason, finished.stop_reason
+        finished.text,
+        output.token_ids,
+        output.finish_reason,
+        finished.stop_reason,
+        output.logprobs,
     )
     return Generation(finished.tag, (completion,), details=output)

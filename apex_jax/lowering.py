@@ -17,11 +17,11 @@ from apex_jax import kv_cache, stages
 from apex_jax.buckets import PAGES_PER_BLOCK, Buckets, HostBuckets
 from apex_jax.config import LlamaConfig
 from apex_jax.models import weights
-from apex_jax.packing import DecodeArrays, PrefillArrays
+from apex_jax.packing import DecodeArrays, ModifierArrays, PrefillArrays
 
 
 class ProgramKey(NamedTuple):
-    """A stage and the bucket it is compiled for. (A dataclass takes ten times as long to look up.)"""
+    """A stage and the bucket it is compiled for; a dataclass takes ten times as long to look up."""
 
     stage: str
     shape: tuple[int, ...]
@@ -95,15 +95,45 @@ class Lowering:
             yield from self._head(rows)
 
     def _head(self, rows: int) -> Iterator[Traced]:
-        own = self._weights.output
-        output_vd = self._weights.embedding if own is None else own
-        x_bd, packed_b8 = self._floats(rows, self._model.d_model), _ints(rows, 8)
         for name, is_greedy in (("head_greedy", True), ("head_sample", False)):
             function = jax.jit(
                 partial(stages.head, self._norm_graph, is_greedy=is_greedy), donate_argnums=2
             )
-            arguments = (self._weights.norm, output_vd, self._tokens_by_slot, x_bd, packed_b8)
-            yield self._trace(name, (rows,), function, *arguments)
+            yield self._trace(name, (rows,), function, *self._head_arguments(rows))
+
+    def late(self, key: ProgramKey) -> jax.stages.Lowered:
+        """Trace a stage that few jobs need.
+
+        head_modified, head_logprobs: by rows and entries. prompt_logprobs: by the chunk's shape.
+        """
+        if key.stage == "prompt_logprobs":
+            return self._prompt_logprobs(key)
+        rows, num_entries = key.shape
+        function = jax.jit(
+            partial(
+                stages.modified_head,
+                self._norm_graph,
+                with_logprobs=key.stage == "head_logprobs",
+            ),
+            donate_argnums=2,
+        )
+        modifiers = ModifierArrays(_ints(rows, 4), _ints(num_entries, 6))
+        arguments = (*self._head_arguments(rows), modifiers)
+        return self._trace(key.stage, key.shape, function, *arguments)[1]
+
+    def _prompt_logprobs(self, key: ProgramKey) -> jax.stages.Lowered:
+        # As many tokens at once as the largest head has rows: no more scratch than that takes.
+        score = partial(stages.prompt_logprobs, self._norm_graph, self._buckets.rows[-1])
+        norm, output_vd, *_ = self._head_arguments(self._buckets.rows[0])
+        x_btd, next_ids_bt = self._floats(*key.shape, self._model.d_model), _ints(*key.shape)
+        arguments = (norm, output_vd, x_btd, next_ids_bt)
+        return self._trace(key.stage, key.shape, jax.jit(score), *arguments)[1]
+
+    def _head_arguments(self, rows: int) -> tuple[Any, ...]:
+        own = self._weights.output
+        output_vd = self._weights.embedding if own is None else own
+        x_bd, packed_b9 = self._floats(rows, self._model.d_model), _ints(rows, 9)
+        return self._weights.norm, output_vd, self._tokens_by_slot, x_bd, packed_b9
 
     # With a host lane
 

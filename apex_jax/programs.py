@@ -1,7 +1,8 @@
 """The executables: every stage compiled ahead of time for every bucket.
 
 Owns compiling in parallel and the executables; lowering.py says what there is to compile. Knows
-shapes only, so it can work before any weight is loaded. Called by the xla backend.
+shapes only, so it can work before any weight is loaded. What modifies scores or reports logprobs is
+compiled when a request first needs it, since most jobs never do. Called by the xla backend.
 """
 
 import concurrent.futures
@@ -27,6 +28,7 @@ class Programs:
     """All executables of one model on one device.
 
     Attributes: compile_sec by program, temp_bytes (the most scratch memory any of them takes).
+    on_late: gets a line for each program that is compiled when it is first needed.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class Programs:
         num_layers: int,
         device: jax.Device,
         precision: str,
+        on_late: Callable[[str], None] = lambda line: None,
     ):
         self.buckets = buckets
+        self._on_late = on_late
         self.num_layers = num_layers
         self.compile_sec: dict[ProgramKey, float] = {}
         self._executables: dict[ProgramKey, Any] = {}
@@ -58,6 +62,16 @@ class Programs:
 
     def __getitem__(self, key: ProgramKey) -> Any:
         return self._executables[key]
+
+    def late(self, key: ProgramKey) -> Any:
+        """Return a program of Lowering.late; the first time it is compiled, which waits."""
+        executable = self._executables.get(key)
+        if executable is None:
+            start_sec = time.perf_counter()
+            executable = self._executables[key] = self._lowering.late(key).compile()
+            self.compile_sec[key] = time.perf_counter() - start_sec
+            self._on_late(f"compiled {key}, which no request before needed")
+        return executable
 
     @property
     def temp_bytes(self) -> int:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -17,7 +18,15 @@ from apex_jax import sampling
 from apex_jax.attention import append_kv, decode_attention, prefill_attention
 from apex_jax.kv_cache import LayerPages
 from apex_jax.models.llama import DecoderLayer, RMSNorm, State, next_token_logits
-from apex_jax.packing import DecodeArrays, PrefillArrays, unpack_head, unpack_prefill_targets
+from apex_jax.packing import (
+    DecodeArrays,
+    ModifierArrays,
+    PrefillArrays,
+    pack_logprobs,
+    unpack_head,
+    unpack_modifiers,
+    unpack_prefill_targets,
+)
 
 # Parameters of one or more layers, flat: each call takes its arguments apart, which for dicts
 # takes five times as long.
@@ -164,15 +173,62 @@ def head(
     output_vd: Float[Array, "v d"],
     tokens_by_slot: Int[Array, "slots"],
     x_bd: Float[Array, "b d"],
-    packed_b8: Int[Array, "b 8"],
+    packed_b9: Int[Array, "b 9"],
     *,
     is_greedy: bool,
 ) -> tuple[Int[Array, "b"], Int[Array, "slots"]]:
     """Choose a token per row and leave it in the row's slot; `tokens_by_slot` may be donated."""
     logits_bv = next_token_logits(x_bd, nnx.merge(norm_graph, norm), output_vd)
-    slots_b, rows = unpack_head(packed_b8)
+    slots_b, rows = unpack_head(packed_b9)
     tokens_b = sampling.greedy(logits_bv) if is_greedy else sampling.sample(logits_bv, rows)
     return tokens_b, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
+
+
+def modified_head(
+    norm_graph: nnx.GraphDef[RMSNorm],
+    norm: State,
+    output_vd: Float[Array, "v d"],
+    tokens_by_slot: Int[Array, "slots"],
+    x_bd: Float[Array, "b d"],
+    packed_b9: Int[Array, "b 9"],
+    modifiers: ModifierArrays,
+    *,
+    with_logprobs: bool,
+) -> tuple[Int[Array, "b"], Int[Array, "b c"] | None, Int[Array, "slots"]]:
+    """Do what `head` does with modified scores; `tokens_by_slot` may be donated.
+
+    Also returns packed logprobs of the scores as they were, where they are wanted.
+    """
+    logits_bv = next_token_logits(x_bd, nnx.merge(norm_graph, norm), output_vd)
+    slots_b, rows = unpack_head(packed_b9)
+    last_tokens_b = tokens_by_slot.at[slots_b].get(mode="clip")
+    modified_bv = sampling.modify(logits_bv, last_tokens_b, *unpack_modifiers(modifiers))
+    tokens_b = sampling.sample(modified_bv, rows)
+    logprobs_bc = pack_logprobs(sampling.logprobs(logits_bv, tokens_b)) if with_logprobs else None
+    return tokens_b, logprobs_bc, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
+
+
+def prompt_logprobs(
+    norm_graph: nnx.GraphDef[RMSNorm],
+    num_rows: int,
+    norm: State,
+    output_vd: Float[Array, "v d"],
+    x_btd: Float[Array, "b t d"],
+    next_ids_bt: Int[Array, "b t"],
+) -> Int[Array, "b t c"]:
+    """Return packed logprobs of what follows each token of a chunk, `num_rows` tokens at a time."""
+    b, t, d = x_btd.shape
+    padding = -(b * t) % num_rows
+    x_std = jnp.pad(x_btd.reshape(-1, d), ((0, padding), (0, 0))).reshape(-1, num_rows, d)
+    next_ids_sr = jnp.pad(next_ids_bt.reshape(-1), (0, padding)).reshape(-1, num_rows)
+
+    def score(part: tuple[Float[Array, "r d"], Int[Array, "r"]]) -> Int[Array, "r c"]:
+        x_rd, next_ids_r = part
+        logits_rv = next_token_logits(x_rd, nnx.merge(norm_graph, norm), output_vd)
+        return pack_logprobs(sampling.logprobs(logits_rv, next_ids_r))
+
+    packed_src = jax.lax.map(score, (x_std, next_ids_sr))
+    return packed_src.reshape(-1, packed_src.shape[-1])[: b * t].reshape(b, t, -1)
 
 
 def export_pages(pages: LayerPages, page_ids_i: Int[Array, "i"]) -> Float[Array, "i k 2 z h"]:

@@ -32,7 +32,6 @@ from apex_jax.pages import num_pages_for
 from apex_jax.policies import Policy
 from apex_jax.profile_table import measurements_to_json
 from apex_jax.request import Request, SamplingParams
-from apex_jax.trace import Event, TraceFile
 from launch.environment import environment
 from launch.measuring import ResultFile, Row
 from launch.schedule_arithmetic import Load, expected_rate, published_ratio
@@ -267,19 +266,9 @@ def measure(shared: SharedEngine, name: str, num_pages: int) -> Row:
     begin, end = run.look(_SECONDS.value if not _SMOKE.value else 0.2)
     shared.finish()
     if _TRACES.value is not None:
-        write_trace(shared, Path(_TRACES.value) / f"{name}.json", begin.now_sec, end.now_sec)
+        path = Path(_TRACES.value) / f"{name}.json"
+        shared.timeline.write_trace(path, begin.now_sec, end.now_sec)
     return run.describe(settings, begin, end)
-
-
-def write_trace(shared: SharedEngine, path: Path, from_sec: float, to_sec: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    trace = TraceFile(path, origin_sec=from_sec)
-    for spans in shared.timeline.lanes.values():
-        for span in spans:
-            if from_sec <= span.start_sec and span.end_sec <= to_sec:
-                trace.add(Event(*span))
-    trace.close()
 
 
 def medians(rows: Sequence[Row]) -> Iterator[Row]:

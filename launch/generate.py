@@ -35,6 +35,9 @@ _METRICS = flags.DEFINE_string("metrics", None, "File for the summary as JSON.")
 _TRACE = flags.DEFINE_string(
     "trace", None, "File for the timeline; https://ui.perfetto.dev shows it."
 )
+_DECISIONS = flags.DEFINE_string(
+    "decisions", None, "File for what a strategy that chooses decided in each sweep, JSON lines."
+)
 _ORDERED = flags.DEFINE_bool("ordered", False, "Write results in input order, not as they finish.")
 _OVERWRITE = flags.DEFINE_bool(
     "overwrite", False, "Drop an existing output and start from nothing."
@@ -58,7 +61,7 @@ def main(argv: Sequence[str], create: CreateEngine = create_engine) -> int:
     if sys.stderr is None:  # started with 2>&-
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as the process lives)
     source, output = _INPUT.value, _OUTPUT.value
-    metrics, trace = _METRICS.value, _TRACE.value
+    metrics, trace, decisions = _METRICS.value, _TRACE.value, _DECISIONS.value
     assert source is not None
     assert output is not None
     options = JobOptions(
@@ -66,6 +69,7 @@ def main(argv: Sequence[str], create: CreateEngine = create_engine) -> int:
         output=Path(output),
         metrics=None if metrics is None else Path(metrics),
         trace=None if trace is None else Path(trace),
+        decisions=None if decisions is None else Path(decisions),
         ordered=_ORDERED.value,
         overwrite=_OVERWRITE.value,
         retry_failed=_RETRY_FAILED.value,

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from apex_jax.policies import Policy
 from apex_jax.scheduler import Scheduler
 from apex_jax.strategies import make_policy
 from apex_jax.timeline import Timeline
-from apex_jax.trace import LANES
+from apex_jax.trace import LANES, Event, TraceFile
 
 STRATEGIES = {
     "device_only": SchedulerConfig(strategy="device_only"),
@@ -71,6 +72,17 @@ class SpanKeeper(Timeline):
     ) -> None:
         super().span(lane, name, start_sec, end_sec, work, **args)
         self.lanes[lane].append(Span(lane, name, start_sec, end_sec, args))
+
+    def write_trace(self, path: Path, from_sec: float, to_sec: float) -> None:
+        """Write the spans of a while to a file of their own, for launch.plot_timeline."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        trace = TraceFile(path, origin_sec=from_sec)
+        for spans in self.lanes.values():
+            for span in spans:
+                if from_sec <= span.start_sec and span.end_sec <= to_sec:
+                    trace.add(Event(*span))
+        trace.close()
 
 
 class WatchedBackend:

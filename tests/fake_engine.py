@@ -132,6 +132,9 @@ class FakeEngine:
     def describe(self) -> str:
         return "strategy   fake"
 
+    def log_decisions(self, on_decision):
+        self.on_decision = on_decision
+
     def metrics(self):
         return {
             "compile_sec": 1.5,

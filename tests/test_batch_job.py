@@ -24,6 +24,7 @@ from batch_files import (
 )
 from fake_engine import FakeEngine, fake_tokens
 
+from apex_jax.batch.decision_log import DecisionLog
 from apex_jax.batch.identity import differences
 from apex_jax.batch.journal import Journal
 from apex_jax.batch.lines import RawLine, parse_line
@@ -409,6 +410,40 @@ def test_a_trace_is_written_and_said(job):
     shown = {name for event in sweeps for name in event["args"]["requests"]}
     assert shown == {f"r{number}" for number in range(30)}
     assert job.said.splitlines()[-1] == f"trace      {len(sweeps)} events in {trace}"
+
+
+def choosing(folder):
+    config = make_config(folder)
+    config.scheduler.strategy = "apex"
+    return config
+
+
+def test_decisions_are_written_and_said(job):
+    class Choosing(FakeEngine):
+        def step(self):
+            self.on_decision({"sweep": self.num_sweeps})
+            return super().step()
+
+    write_input(job)
+    decisions = job.folder / "decisions.jsonl"
+    assert job.run(config=choosing(job.folder), engine=Choosing, decisions=decisions) == 0
+    logged = [json.loads(line)["sweep"] for line in decisions.read_text().splitlines()]
+    assert logged == list(range(len(logged)))
+    assert job.said.splitlines()[-1] == f"decisions  of {len(logged)} sweeps in {decisions}"
+
+
+def test_a_disk_that_fills_ends_the_decisions_and_not_the_job():
+    log = DecisionLog(Path("/dev/full"))
+    for _ in range(3):
+        log.write({"reason": "x" * 100_000})
+    log.close()
+    assert log.describe().startswith("error: cannot write /dev/full: No space left on device")
+
+
+def test_a_strategy_that_chooses_nothing_has_no_decisions(job):
+    write_input(job, 2)
+    assert job.run(decisions=job.folder / "decisions.jsonl") == 2
+    assert "strategy 'device_only' decides nothing; use --config.scheduler" in job.said
 
 
 def test_a_trace_of_a_job_that_fails_is_whole(job):

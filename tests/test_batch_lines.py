@@ -65,12 +65,40 @@ def test_both_formats_say_the_same():
         "ignore_eos": True,
         "stop": ["x", "yy"],
         "include_stop_str_in_output": True,
+        "min_p": 0.25,
+        "min_tokens": 2,
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"17": -100, "5": 2.5},
+        "bad_words": ["no", [3, 4]],
+        "logprobs": 5,
+        "prompt_logprobs": 0,
     }
     one, two = parse(plain(**fields)), parse(openai(**fields))
     assert (one.model, two.model) == (None, "m")
     assert one == dataclasses.replace(two, model=None)
     assert isinstance(one, BatchRequest)
-    assert one.sampling == SamplingParams(3, 0.0, 5, 0.5, 9, (1, 2), True, ("x", "yy"), True)
+    assert one.sampling == SamplingParams(
+        max_tokens=3,
+        temperature=0.0,
+        top_k=5,
+        top_p=0.5,
+        seed=9,
+        stop_token_ids=(1, 2),
+        ignore_eos=True,
+        min_p=0.25,
+        min_tokens=2,
+        presence_penalty=-2.0,
+        frequency_penalty=0.5,
+        repetition_penalty=1.5,
+        logit_bias={17: -100.0, 5: 2.5},
+        bad_words=("no", (3, 4)),
+        logprobs=5,
+        prompt_logprobs=0,
+        stop=("x", "yy"),
+        include_stop_str_in_output=True,
+    )
     assert set(fields) == set(SAMPLING_FIELDS)
 
 
@@ -99,6 +127,19 @@ def chat(*messages, **fields) -> dict:
 def openai_chat(item) -> dict:
     body = {key: value for key, value in item.items() if key != "custom_id"}
     return {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+    ],
+)
+def test_logprobs_of_a_chat(fields, expected):
+    assert parse(chat(**fields)).sampling.logprobs == expected
 
 
 def test_both_formats_of_a_chat_say_the_same():
@@ -182,6 +223,10 @@ def test_both_formats_of_a_chat_say_the_same():
             "max_tokens is 1 and max_completion_tokens 2: they mean the same, give one of them",
         ),
         (chat(max_completion_tokens=0), "max_tokens is 0; it must be at least 1"),
+        (chat(logprobs=3), "logprobs is 3; it must be true or false"),
+        (chat(top_logprobs=3), "top_logprobs is 3: it needs logprobs, as true"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs is 21; it must be between 0 and 20"),
+        (chat(logprobs=True, top_logprobs="x"), "top_logprobs is 'x'; it must be an integer"),
         (chat(suffix="x"), "unknown field 'suffix'"),
         (chat(prompt="x"), "unknown field 'prompt': /v1/chat/completions takes messages"),
         (chat(mesages=[]), "unknown field 'mesages': did you mean messages?"),
@@ -210,10 +255,14 @@ def test_hash_covers_the_resolved_request():
             plain(ignore_eos=True),
             plain(seed=1),
             plain(custom_id="b"),
+            plain(min_p=0.5),
+            plain(logit_bias={"1": 1}),
+            plain(bad_words=["x"]),
+            plain(logprobs=0),
             {"custom_id": "a", "prompt": [1, 2]},
         )
     ]
-    assert len({base.sha256, *others}) == 7
+    assert len({base.sha256, *others}) == 11
 
 
 @pytest.mark.parametrize(
@@ -276,14 +325,35 @@ def test_prompt_forms(prompt, expected):
         ({"stop": ["x", None]}, "stop[1] is null; it must be a string"),
         ({"stop": "a\ud800"}, "stop has half a surrogate pair at character 1"),
         ({"include_stop_str_in_output": 1}, "include_stop_str_in_output is 1; it must be true or"),
-        ({"logprobs": 0}, "logprobs is 0, which this version does not do"),
+        ({"model": 3}, "model is 3; it must be a string"),
+        ({"logprobs": True}, "logprobs is true; it must be an integer"),
+        ({"logprobs": 21}, "logprobs is 21; it must be between 0 and 20"),
+        ({"top_logprobs": 2}, "unknown field 'top_logprobs': /v1/completions calls it logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1; it must be between 0 and 20"),
         ({"echo": True}, "echo is true"),
         ({"suffix": "x"}, "suffix is 'x'"),
-        ({"logit_bias": {"1": 2}}, "logit_bias is an object of 1 fields"),
-        ({"presence_penalty": 0.5}, "presence_penalty is 0.5"),
-        ({"frequency_penalty": -1}, "frequency_penalty is -1"),
-        ({"min_p": 0.1}, "min_p is 0.1"),
-        ({"model": 3}, "model is 3; it must be a string"),
+        ({"logit_bias": [1]}, "logit_bias is an array of 1; it must be an object of token ids to"),
+        ({"logit_bias": {"a": 2}}, "logit_bias has the key 'a', which is no token id"),
+        ({"logit_bias": {"-1": 2}}, "logit_bias has the key '-1', which is no token id"),
+        ({"logit_bias": {"9" * 10: 2}}, "logit_bias has the key '9999999999', which is no token"),
+        ({"logit_bias": {"7": 1, "07": 2}}, "logit_bias has token id 7 twice"),
+        ({"logit_bias": {"7": "x"}}, "logit_bias[7] is 'x'; it must be a number"),
+        ({"logit_bias": {"7": 101}}, "logit_bias[7] is 101.0; it must be between -100 and 100"),
+        (
+            {"logit_bias": {str(index): 1 for index in range(1025)}},
+            "logit_bias is a list of 1025; it must be one of at most 1024",
+        ),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be between -2 and 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3.0; it must be between -2 and 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0; it must be between 0.01 and 100"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must be between 0 and 1"),
+        ({"min_tokens": -1}, "min_tokens is -1; it must be between 0 and max_tokens, which is 16"),
+        ({"min_tokens": 17}, "min_tokens is 17; it must be between 0 and max_tokens, which is 16"),
+        ({"bad_words": "x"}, "bad_words is 'x'; it must be an array of texts or token ids"),
+        ({"bad_words": [""]}, "bad_words[0] is empty"),
+        ({"bad_words": ["x", []]}, "bad_words[1] is (); it must be text or token ids"),
+        ({"bad_words": [[1, "x"]]}, "bad_words[0][1] is 'x'; it must be an integer"),
+        ({"bad_words": [3]}, "bad_words[0] is 3; it must be a string"),
         ({"max_tokes": 3}, "unknown field 'max_tokes': did you mean max_tokens?"),
         ({"temprature": 3}, "unknown field 'temprature': did you mean temperature?"),
         ({"max_completion_tokens": 3}, "/v1/completions calls it max_tokens"),
@@ -396,7 +466,7 @@ def test_long_lines_differ_by_their_end():
 def test_every_sampling_parameter_has_a_reader():
     for field in dataclasses.fields(SamplingParams):
         assert field.name in BODY_FIELDS
-        refusal(plain(**{field.name: {}}))
+        refusal(plain(**{field.name: {"": 0}}))
 
 
 @given(JSON)

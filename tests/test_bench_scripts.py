@@ -170,6 +170,37 @@ def test_reference_says_why_it_is_skipped(tmp_path):
     assert content["left_out"] == {"decode": "torch is not installed"}
 
 
+def test_paced(tmp_path):
+    """Every strategy is run, predicted and held to the arithmetic."""
+    path = tmp_path / "paced.json"
+    content = smoke("bench_paced", path, f"--traces={tmp_path}")
+    names = ["device_only", "async_overlap", "staggered", "asymmetric_pipelining", "full_offload"]
+    for group in ("turns", "predictions", "medians"):
+        assert [row["strategy"] for row in content["groups"][group]] == names
+    assert content["device"]["source"].startswith("https://")
+    for row in content["groups"]["medians"]:
+        assert row["tokens_per_sec_min"] == row["tokens_per_sec"] > 0
+        assert row["over_predicted"] > 0
+        assert row["over_arithmetic"] > 0
+        assert row["device_rows"] + row["host_rows"] > 0
+        assert (tmp_path / f"{row['strategy']}.json").is_file()
+    (times,) = content["groups"]["times"]
+    assert times["host_job_sec"] + times["host_attention_sec_per_token"] > 0
+
+
+def test_paced_refuses_what_the_card_cannot_hold(tmp_path):
+    arguments = ("--config=configs/llama_3_1_8b.py", f"--output={tmp_path / 'paced.json'}")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.bench_paced", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "error: NVIDIA T4 has 15.00 GiB of memory, which cannot hold" in done.stderr
+
+
 @pytest.mark.slow
 def test_strategies(tmp_path):
     """In a steady state that is much too short and small for figures that mean anything."""

@@ -244,6 +244,19 @@ def test_a_stop_string_may_be_a_special_token():
     assert (watched.end(), watched.stop_string) == ("ab", "<eos>")
 
 
+def test_min_tokens_end_nothing():
+    tokenizer = load("byte")
+    ids = encode(tokenizer, "abab")[1:]
+    taken = {}
+    for min_tokens in range(5):
+        watched = OutputText(tokenizer, (256,), ("ab",), include_stop=False, min_tokens=min_tokens)
+        count = next((i for i, one in enumerate(ids, 1) if watched.push(one)), None)
+        taken[min_tokens] = count, watched.end()
+    assert taken == {0: (2, ""), 1: (2, ""), 2: (4, "ab"), 3: (4, "ab"), 4: (None, "abab")}
+    watched = OutputText(tokenizer, (256,), ("<eos>",), include_stop=False, min_tokens=1)
+    assert [watched.push(257), watched.push(257)] == [False, True]
+
+
 def test_an_unfinished_character_is_shown_where_the_output_ends():
     tokenizer = load("byte")
     watched = OutputText(tokenizer, (256,), ("x",), include_stop=False)

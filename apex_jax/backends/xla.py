@@ -5,10 +5,11 @@ and packs each batch for its bucket. Who waits for what is the completions' busi
 pool the host lane's. Called by the dispatch loop; knows nothing of requests.
 """
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,11 @@ from apex_jax.backends.handles import (
     ImportedHandle,
     MovedHandle,
     PagesHandle,
+    PromptHandle,
     TokensHandle,
 )
 from apex_jax.backends.host_lane import HostLane
-from apex_jax.buckets import smallest_that_holds
+from apex_jax.buckets import entry_bucket, smallest_that_holds
 from apex_jax.hardware import (
     Boundary,
     DeviceAttention,
@@ -270,8 +272,7 @@ class XlaBackend:
             assert group.x_bd is not None
             groups_bd.append(group.x_bd)
         if len(groups) == 1:
-            tokens_b = self._sample(batches[0], groups_bd[0], len(groups_bd[0]))
-            return (TokensHandle(tokens_b, batches[0].rows_b),)
+            return (self._head_of_one(batches[0], groups[0]),)
         assert self._buckets.host is not None
         joint, firsts, num_rows = packing.join_heads(batches)
         head_sizes = self._buckets.host.head_rows
@@ -284,20 +285,50 @@ class XlaBackend:
         for x_bd, first in zip(groups_bd, firsts, strict=True):
             program = self._programs[ProgramKey("place", (len(x_bd), rows))]
             self._head_rows_bd[rows] = program(self._head_rows_bd[rows], x_bd, np.int32(first))
-        tokens_b = self._sample(joint, self._head_rows_bd[rows], rows)
+        sampled = self._sample(joint, self._head_rows_bd[rows], rows)
         return tuple(
-            TokensHandle(tokens_b, batch.rows_b + np.int32(first))
+            dataclasses.replace(sampled, rows_i=batch.rows_b + np.int32(first))
             for batch, first in zip(batches, firsts, strict=True)
         )
 
-    def _sample(self, batch: HeadBatch, x_bd: Array, rows: int) -> Array:
-        packed_b8 = packing.pack_head(batch, rows=rows)
+    def _head_of_one(self, batch: HeadBatch, group: Handle) -> TokensHandle:
+        """Sample a group by itself, and score its prompts' tokens where that is wanted."""
+        assert isinstance(group, HiddenHandle)
+        assert group.x_bd is not None
+        if batch.prompt is None:
+            return self._sample(batch, group.x_bd, len(group.x_bd))
+        next_ids_bt = np.zeros(group.x.shape[:2], np.int32)
+        next_ids_bt[: len(batch.prompt.next_ids_bt)] = batch.prompt.next_ids_bt
+        program = self._programs.late(ProgramKey("prompt_logprobs", next_ids_bt.shape))
+        packed_btc = program(self._weights.norm, self._output_vd, group.x, next_ids_bt)
+        packed_btc.copy_to_host_async()
+        sampled = self._sample(batch, group.x_bd, len(group.x_bd))
+        return dataclasses.replace(sampled, prompt=PromptHandle(packed_btc, batch.prompt))
+
+    def _sample(self, batch: HeadBatch, x_bd: Array, rows: int) -> TokensHandle:
+        packed_b9 = packing.pack_head(batch, rows=rows)
+        operands = (self._weights.norm, self._output_vd, self._tokens_by_slot, x_bd, packed_b9)
+        if batch.modifiers is not None or batch.wants_logprobs:
+            return self._sample_modified(batch, operands, rows)
         name = "head_greedy" if batch.is_greedy else "head_sample"
-        tokens_b, self._tokens_by_slot = self._programs[ProgramKey(name, (rows,))](
-            self._weights.norm, self._output_vd, self._tokens_by_slot, x_bd, packed_b8
-        )
+        tokens_b, self._tokens_by_slot = self._programs[ProgramKey(name, (rows,))](*operands)
         tokens_b.copy_to_host_async()
-        return tokens_b
+        return TokensHandle(tokens_b, batch.rows_b)
+
+    def _sample_modified(
+        self, batch: HeadBatch, operands: tuple[Any, ...], rows: int
+    ) -> TokensHandle:
+        """Sample rows of which some have their scores modified, or their logprobs reported."""
+        num_entries = 0 if batch.modifiers is None else len(batch.modifiers.entries_e)
+        name = "head_logprobs" if batch.wants_logprobs else "head_modified"
+        key = ProgramKey(name, (rows, entry_bucket(num_entries)))
+        modifiers = packing.pack_modifiers(batch, rows=rows, num_entries=key.shape[1])
+        program = self._programs.late(key)
+        tokens_b, logprobs_bc, self._tokens_by_slot = program(*operands, modifiers)
+        for array in (tokens_b, logprobs_bc):
+            if array is not None:
+                array.copy_to_host_async()
+        return TokensHandle(tokens_b, batch.rows_b, logprobs_bc)
 
     # Prompts bound for the host, and pages that change lanes
 

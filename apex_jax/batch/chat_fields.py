@@ -12,12 +12,14 @@ from apex_jax.batch.fields import (
     NEUTRAL_VALUES,
     is_array,
     is_object,
+    read_bool,
+    read_int,
     read_text,
     refuse_unknown,
     refuse_unserved,
     show,
 )
-from apex_jax.request import RequestError
+from apex_jax.request import MAX_LOGPROBS, RequestError
 from apex_jax.text.chat import Chat
 
 # Of a completion, but of no chat.
@@ -41,6 +43,7 @@ CHAT_NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
 CHAT_FIELDS = (
     "messages",
     "max_completion_tokens",
+    "top_logprobs",
     "chat_template_kwargs",
     *(name for name in BODY_FIELDS if name not in (*_COMPLETION_ONLY, *CHAT_NEUTRAL_VALUES)),
     *CHAT_NEUTRAL_VALUES,
@@ -92,6 +95,19 @@ def read_max_tokens(body: Mapping[str, Any]) -> object:
             "give one of them"
         )
     return old if new is None else new
+
+
+def read_num_logprobs(body: Mapping[str, Any]) -> int | None:
+    """Return how many alternatives of each token a chat asks for; None for no logprobs at all."""
+    asked, count = body.get("logprobs"), body.get("top_logprobs")
+    num_best = 0 if count is None else read_int("top_logprobs", count)
+    if not 0 <= num_best <= MAX_LOGPROBS:
+        raise RequestError(f"top_logprobs is {num_best}; it must be between 0 and {MAX_LOGPROBS}")
+    if asked is not None and read_bool("logprobs", asked):
+        return num_best
+    if num_best:
+        raise RequestError(f"top_logprobs is {num_best}: it needs logprobs, as true")
+    return None
 
 
 def _read_message(name: str, item: object) -> dict[str, str]:

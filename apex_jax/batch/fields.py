@@ -33,14 +33,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "stream_options": (),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "prompt_logprobs": (False,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
@@ -60,6 +52,7 @@ _REMEDIES: Mapping[str, str] = {
     "prompt": "/v1/chat/completions takes messages",
     "prompt_token_ids": "/v1/chat/completions takes messages",
     "max_completion_tokens": "/v1/completions calls it max_tokens",
+    "top_logprobs": "/v1/completions calls it logprobs",
 }
 
 
@@ -187,6 +180,32 @@ def read_stop(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return (read_text(name, value),)
     raise RequestError(f"{name} is {show(value)}; it must be a string or an array of strings")
+
+
+def read_logit_bias(name: str, value: object) -> dict[int, float]:
+    """Return `value`, an object of token ids, which JSON spells as text, and numbers."""
+    if not is_object(value):
+        raise RequestError(f"{name} is {show(value)}; it must be an object of token ids to numbers")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**31):
+            raise RequestError(f"{name} has the key {show(key)}, which is no token id")
+        if int(key) in biases:
+            raise RequestError(f"{name} has token id {int(key)} twice")
+        biases[int(key)] = read_number(f"{name}[{key}]", bias)
+    return biases
+
+
+def read_bad_words(name: str, value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Return `value`, an array of words, each a text or an array of token ids."""
+    if not is_array(value):
+        raise RequestError(f"{name} is {show(value)}; it must be an array of texts or token ids")
+    return tuple(
+        read_token_ids(f"{name}[{index}]", one)
+        if is_array(one)
+        else read_text(f"{name}[{index}]", one)
+        for index, one in enumerate(value)
+    )
 
 
 def read_prompt(body: Mapping[str, Any]) -> str | tuple[int, ...]:

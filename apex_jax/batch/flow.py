@@ -6,8 +6,10 @@ by LLM, which differ in where requests come from and where results go.
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
+from apex_jax.batch.bad_words import resolve_bad_words
 from apex_jax.batch.protocol import BatchEngine
 from apex_jax.request import FinishReason, Request, RequestOutput, SamplingParams
 from apex_jax.text.detokenizer import decode_output
@@ -58,6 +60,9 @@ class RequestFlow(Generic[Tag]):
     def submit(self, request_id: str, prompt: Prompt, sampling: SamplingParams, tag: Tag) -> None:
         """Send a request on its way. Raises RequestError where it can never run."""
         token_ids = self._text.encode(prompt)
+        tokenizer = self._text.tokenizer
+        encode = None if tokenizer is None else partial(tokenizer.encode, add_special_tokens=False)
+        sampling = resolve_bad_words(sampling, encode)
         watched = self._text.watch(token_ids, sampling)
         is_last = None if watched is None else watched.push
         self._engine.submit(Request(request_id, token_ids, sampling, is_last))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apex_jax.batch.decision_log import DecisionLog
 from apex_jax.batch.id_index import IdIndex
 from apex_jax.batch.identity import (
     chat_time,
@@ -56,14 +57,16 @@ EXIT_STOPPED = 3  # full disk or the like: what is written stays, the same comma
 class JobOptions:
     """The files of a job, and how to treat an output that exists.
 
-    trace: of what ran when. ordered: output lines in input order. overwrite: drop an existing
-    output. retry_failed: run the failed lines of an existing output again.
+    trace: of what ran when. decisions: of a strategy that chooses. ordered: output lines in input
+    order. overwrite: drop an existing output. retry_failed: run the failed lines of an existing
+    output again.
     """
 
     input: Path
     output: Path
     metrics: Path | None = None
     trace: Path | None = None
+    decisions: Path | None = None
     ordered: bool = False
     overwrite: bool = False
     retry_failed: bool = False
@@ -113,10 +116,13 @@ class _Job:
             known = known_before_loading(self._config, text)
             jobs = self._read_output(journal, known)
             trace = self._open_trace(stack)
+            decisions = self._open_decisions(stack)
             started_sec = time.monotonic()
             engine = create_engine(self._config, self._progress.message, Timeline(trace))
             stack.callback(engine.close)
             startup_sec = time.monotonic() - started_sec
+            if decisions is not None:
+                engine.log_decisions(decisions.write)
             if text.tokenizer is not None:
                 text.tokenizer.check_vocabulary(engine.model.architecture.vocab_size)
             identity = identify(self._config, text, engine.model)
@@ -154,6 +160,9 @@ class _Job:
                 if trace is not None:
                     trace.close()
                     self._progress.message(trace.describe())
+                if decisions is not None:
+                    decisions.close()
+                    self._progress.message(decisions.describe())
             return status
 
     def _check_paths(self) -> None:
@@ -161,7 +170,17 @@ class _Job:
         options = self._options
         if options.overwrite and options.retry_failed:
             raise JobRefusedError("--overwrite drops all results: --retry_failed has no meaning")
-        asked = (("output", options.output), ("metrics", options.metrics), ("trace", options.trace))
+        if options.decisions is not None and not self._config.scheduler.chooses:
+            raise JobRefusedError(
+                f"--decisions={options.decisions}: strategy {self._config.scheduler.strategy!r} "
+                "decides nothing; use --config.scheduler.strategy=apex, or leave --decisions out"
+            )
+        asked = (
+            ("output", options.output),
+            ("metrics", options.metrics),
+            ("trace", options.trace),
+            ("decisions", options.decisions),
+        )
         paths = [(name, path) for name, path in asked if path is not None]
         for name, path in paths:
             if path.exists() and options.input.exists() and path.samefile(options.input):
@@ -189,6 +208,17 @@ class _Job:
             raise JobRefusedError(f"cannot write --trace={path}: {error.strerror}") from error
         stack.callback(trace.close)
         return trace
+
+    def _open_decisions(self, stack: contextlib.ExitStack) -> DecisionLog | None:
+        path = self._options.decisions
+        if path is None:
+            return None
+        try:
+            log = DecisionLog(path)
+        except OSError as error:
+            raise JobRefusedError(f"cannot write --decisions={path}: {error.strerror}") from error
+        stack.callback(log.close)
+        return log
 
     def _load_text(self, journal: Journal) -> ModelText:
         path = self._config.model.path

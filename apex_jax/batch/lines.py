@@ -16,12 +16,15 @@ from apex_jax.batch.chat_fields import (
     CHAT_NEUTRAL_VALUES,
     read_chat,
     read_max_tokens,
+    read_num_logprobs,
 )
 from apex_jax.batch.fields import (
     BODY_FIELDS,
     is_object,
+    read_bad_words,
     read_bool,
     read_int,
+    read_logit_bias,
     read_number,
     read_prompt,
     read_stop,
@@ -223,7 +226,11 @@ def _parse_request(
     if is_chat:
         refuse_unserved(body, CHAT_NEUTRAL_VALUES)
         prompt = read_chat(body)
-        body = {**body, "max_tokens": read_max_tokens(body)}
+        body = {
+            **body,
+            "max_tokens": read_max_tokens(body),
+            "logprobs": read_num_logprobs(body),
+        }
     else:
         refuse_unserved(body)
         prompt = read_prompt(body)
@@ -236,10 +243,21 @@ def _parse_request(
     }
     for name, value in given.items():
         match name:
-            case "max_tokens" | "top_k" | "seed":
+            case "max_tokens" | "top_k" | "seed" | "min_tokens" | "logprobs" | "prompt_logprobs":
                 values[name] = read_int(name, value)
-            case "temperature" | "top_p":
+            case (
+                "temperature"
+                | "top_p"
+                | "min_p"
+                | "presence_penalty"
+                | "frequency_penalty"
+                | "repetition_penalty"
+            ):
                 values[name] = read_number(name, value)
+            case "logit_bias":
+                values[name] = read_logit_bias(name, value)
+            case "bad_words":
+                values[name] = read_bad_words(name, value)
             case "stop_token_ids":
                 values[name] = read_token_ids(name, value)
             case "ignore_eos" | "include_stop_str_in_output":

@@ -13,6 +13,7 @@ from apex_jax.batch.id_index import IdIndex, id_key
 from apex_jax.batch.interruption import Interruption
 from apex_jax.batch.journal import Journal
 from apex_jax.batch.lines import BadLine, BatchRequest, RawLine, parse_line
+from apex_jax.batch.logprobs import TokenTexts, logprob_fields
 from apex_jax.batch.progress import Progress
 from apex_jax.batch.protocol import BatchEngine
 from apex_jax.batch.reorder import ReorderBuffer
@@ -26,6 +27,7 @@ from apex_jax.batch.resume import check_line
 from apex_jax.batch.statistics import Statistics
 from apex_jax.config import Config
 from apex_jax.request import RequestError
+from apex_jax.text.chat import Chat
 from apex_jax.text.model_text import ModelText
 
 # Lines handled between two sweeps: a stretch of finished or bad lines must not starve the engine.
@@ -64,6 +66,8 @@ class JobLoop:
     ) -> None:
         self._config = config
         self._engine = engine
+        decode = None if text.tokenizer is None else text.decode_within
+        self._token_texts = TokenTexts(decode)
         self._lines = lines
         self._journal = journal
         self._index = index
@@ -165,8 +169,16 @@ class JobLoop:
     def _deliver(self, finished: Finished[_Asked]) -> None:
         """Write the line of a finished request."""
         asked = finished.tag
+        logprobs = logprob_fields(
+            finished.output, self._token_texts, is_chat=isinstance(asked.request.prompt, Chat)
+        )
         line = encode_result(
-            asked.request, finished, self._engine.model.name, self._job_sha256, time.time()
+            asked.request,
+            finished,
+            logprobs,
+            self._engine.model.name,
+            self._job_sha256,
+            time.time(),
         )
         self._write(asked.ticket, line)
         self._statistics.add_result(finished.output, asked.num_bytes)

@@ -63,11 +63,15 @@ class FinishedLine:
 def encode_result(
     request: BatchRequest,
     finished: Finished[Any],
+    logprobs: Mapping[str, Any],
     model_name: str,
     job_sha256: str,
     created_sec: float,
 ) -> bytes:
-    """Return the output line of a finished request; `text` is null where there is no tokenizer."""
+    """Return the output line of a finished request; `text` is null where there is no tokenizer.
+
+    logprobs: the fields that say what it asks for of those.
+    """
     output = finished.output
     name = hashlib.sha256(f"{request.custom_id}:{request.sha256}".encode()).hexdigest()[:24]
     num_prompt, num_output = len(output.request.prompt_token_ids), len(output.token_ids)
@@ -87,9 +91,9 @@ def encode_result(
                 "index": 0,
                 **answer,
                 "token_ids": list(output.token_ids),
-                "logprobs": None,
                 "finish_reason": FinishReason(output.finish_reason).value,
                 "stop_reason": finished.stop_reason,
+                **logprobs,
             }
         ],
         "usage": {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from apex_jax.request import RequestError, SamplingParams
 from apex_jax.text.chat import Chat, ChatTemplate, load_chat_template
+from apex_jax.text.detokenizer import decode_output
 from apex_jax.text.output_text import OutputText
 from apex_jax.text.sentence_piece import SentencePieceTokenizer
 from apex_jax.text.tokenizer import JsonTokenizer, Tokenizer
@@ -37,6 +38,12 @@ class ModelText:
             raise RequestError(f"{what} has no tokens: nothing in it is in the tokenizer")
         return token_ids
 
+    def decode_within(self, token_ids: tuple[int, ...]) -> str:
+        """Return the text of tokens as it is in the midst of one, where a leading space counts."""
+        tokenizer = self._need_tokenizer("text is wanted", "take token ids")
+        before = tokenizer.encode("a", add_special_tokens=False)
+        return decode_output(tokenizer, before, token_ids)
+
     def watch(
         self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
     ) -> OutputText | None:
@@ -48,6 +55,7 @@ class ModelText:
             prompt_token_ids,
             sampling.stop,
             include_stop=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
         )
 
     def _render(self, chat: Chat) -> str:

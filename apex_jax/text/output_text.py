@@ -21,20 +21,26 @@ class OutputText:
         stop: tuple[str, ...],
         *,
         include_stop: bool,
+        min_tokens: int = 0,
     ) -> None:
-        """include_stop: leave the stop string in the text.
+        """include_stop: leave the stop string in the text. min_tokens: those that end nothing.
 
         A stop string that is a special token's ends the output at that token, which has no text.
         """
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids)
         self._stop, self._include_stop = stop, include_stop
         ids = tokenizer.special_ids
+        self._num_free = min_tokens
         self._special = {ids[one]: one for one in stop if one in ids}
         self.text = ""
         self.stop_string: str | None = None
 
     def push(self, token_id: int) -> bool:
         """Take the next token; True if a stop string is complete with it."""
+        if self._num_free:
+            self._num_free -= 1
+            self.text += self._detokenizer.push(token_id)
+            return False
         self.stop_string = self._special.get(token_id)
         if self.stop_string is None:
             self._add(self._detokenizer.push(token_id))
