@@ -126,11 +126,9 @@ def test_without_a_host_lane_there_is_nothing_to_predict(started, config):
 
 
 def test_what_is_wrong_with_the_settings_is_a_line_and_status_2(monkeypatch, capsys):
-    flag = types.SimpleNamespace(value=None)
-    config = types.SimpleNamespace(value=Config(scheduler=SchedulerConfig(strategy="device_only")))
-    monkeypatch.setattr(run_profiler, "_CONFIG", config)
-    monkeypatch.setattr(run_profiler, "_OUTPUT", flag)
-    monkeypatch.setattr(run_profiler, "_RECALIBRATE", flag)
+    config = Config(scheduler=SchedulerConfig(strategy="device_only"))
+    values = types.SimpleNamespace(config=config, output=None, recalibrate=False)
+    monkeypatch.setattr(run_profiler.flags, "FLAGS", values)
     with pytest.raises(SystemExit, match="2"):
         run_profiler.main([])
     assert capsys.readouterr().err.startswith("error: --config.scheduler.strategy")
