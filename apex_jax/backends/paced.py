@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Int32
 
 from apex_jax.backends.completions import Completions, SpanRecorder
 from apex_jax.backends.host_lane import HostFuture, HostLane
 from apex_jax.buckets import Buckets, smallest_that_holds
 from apex_jax.config import LlamaConfig
 from apex_jax.hardware import Handle, Head, HostAttention, Job, Stage, WritePages
+from apex_jax.plan import Sampled
 from apex_jax.stage_costs import StageCosts, Work
 
 
@@ -64,9 +64,9 @@ class StageHandle:
     def block_until_ready(self) -> None:
         _sleep_until(self.ready_sec)
 
-    def read(self) -> Int32[np.ndarray, "b"]:
+    def read(self) -> Sampled:
         self.block_until_ready()
-        return np.zeros(self.num_sampled, np.int32)
+        return Sampled(np.zeros(self.num_sampled, np.int32))
 
 
 @dataclass(eq=False, slots=True)
@@ -81,7 +81,7 @@ class JobHandle:
         """When the device may use the result; waits for the job, raises what made it fail."""
         return self.marker.result()
 
-    def read(self) -> Int32[np.ndarray, "b"]:
+    def read(self) -> Sampled:
         raise TypeError("a host job yields no tokens; read a Head stage's")
 
 
