@@ -5,6 +5,7 @@ with the attention that its rows need, a transfer together with the rest of a ro
 the profiler. Imports no jax.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -42,7 +43,8 @@ class Name(NamedTuple):
 class Cases:
     """The chains of one engine.
 
-    is_thorough: for all buckets, and not just the first and the last of each kind.
+    is_thorough: for all buckets, and not just the first and the last of each kind, or of prompts
+    the smallest.
     """
 
     def __init__(
@@ -119,13 +121,15 @@ class Cases:
 
     def _prompts(self) -> Iterator[tuple[Name, Chain]]:
         chains, capacity, page_size = self._chains, self._capacity, self._shapes.page_size
-        for rows, tokens in self._shapes.chunks:
+        chunks = sorted(self._shapes.chunks, key=math.prod)
+        # The largest take long, and are little more than so many of the smaller ones.
+        for rows, tokens in chunks if self._is_thorough else chunks[:2]:
             for context in self._pick(self._shapes.context_pages):
                 on_device, staged = (
                     prompt_batch((rows, tokens), context, num_pages, page_size)
                     for num_pages in (capacity.num_pages, self._host.num_staging_pages)
                 )
-                shape = (tokens, rows, context)
+                shape = (rows * tokens, rows, context)
                 yield Name("prefill", shape), chains.layers(on_device)
                 yield Name("staged_layer", shape), chains.staged_layer(staged)
             first = (self._shapes.context_pages[0], capacity.num_pages, page_size)

@@ -39,7 +39,7 @@ MAX_ROUNDS = 21
 CALIBRATION_SEC = 2.0
 MAX_CALIBRATION_ROUNDS = 3
 DISPATCHED_LINKS = 4  # before what is dispatched is waited for
-DISPATCH_REPEATS = 15
+DISPATCH_REPEATS = 7
 
 
 class Profiler:

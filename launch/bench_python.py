@@ -52,7 +52,7 @@ PROMPT_TOKENS, OUTPUT_TOKENS, PAGE_SIZE = 900, 600, 128
 MAX_MODEL_LEN = 1536
 # With those of the prompt one more, which lasts for as long as anyone looks.
 PAGES_PER_ROW = num_pages_for(PROMPT_TOKENS, PAGE_SIZE) + 1
-NUM_TURNS = 4  # through the layers; of the sweeps at the same place in them the quickest counts
+NUM_TURNS = 4  # the quickest counts: other processes only ever add time
 PARTS = (
     "engine",
     "scheduler",
@@ -230,14 +230,15 @@ def measure(shared: SharedEngine, name: str, stopwatch: Stopwatch, counts: Count
     counts.clear()
     num_tokens = stats.num_output_tokens
 
-    def seconds() -> dict[str, float]:
-        step()
+    def turn() -> dict[str, float]:
+        """Return seconds a sweep by part, over a merging cohort's way through the layers."""
+        for _ in range(period):
+            step()
         taken = stopwatch.take()
-        return {part: taken[part] for part in PARTS}
+        return {part: taken[part] / period for part in PARTS}
 
-    turns = [[seconds() for _ in range(period)] for _ in range(1 if _SMOKE.value else NUM_TURNS)]
-    least = [min(sweeps, key=lambda sec: sum(sec.values())) for sweeps in zip(*turns, strict=True)]
-    sec = {part: sum(one[part] for one in least) / period for part in PARTS}
+    turns = [turn() for _ in range(1 if _SMOKE.value else NUM_TURNS)]
+    sec = min(turns, key=lambda one: sum(one.values()))
     num_sweeps = period * len(turns)
     shared.finish()
     return {

@@ -363,7 +363,7 @@ def main(argv: Sequence[str]) -> int:
         "model": dataclasses.asdict(shared.whole.model.architecture),
         "dtype": shared.whole.model.dtype,
         "prompt_tokens": _PROMPT.value,
-        "idle_stage_times": measurements_to_json(shared.measured.measurements),
+        "idle_stage_times": measurements_to_json(shared.measurements),
         "environment": environment(shared.device),
     }
     results = ResultFile(Path(_OUTPUT.value), header, _BUDGET.value)

@@ -24,7 +24,6 @@ from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch
 from apex_jax.engine import Engine
 from apex_jax.hardware import Handle, Job, Layers, Stage, StagedLayer, name_of
-from apex_jax.measured_times import MeasuredTimes
 from apex_jax.memory import MAX_TRANSIT_PAGES
 from apex_jax.plan import PrefillBatch
 from apex_jax.policies import Policy
@@ -158,8 +157,11 @@ class SharedEngine:
         inner = self.whole._dispatch._backend
         assert isinstance(inner, XlaBackend)
         self.backend = watch(inner, self.whole.programs.buckets, self.device)
-        self.measured = self._measure()
-        self.times: Times = self.measured
+        profiler = self.whole.profiler
+        assert profiler is not None
+        calibrated = profiler.calibrate()  # of idle hardware
+        self.measurements = calibrated.measurements
+        self.times: Times = calibrated  # predicting strategies go by them
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:
         return make_policy(settings, self.times, self.whole.programs.num_layers)
@@ -215,12 +217,6 @@ class SharedEngine:
 
     def close(self) -> None:
         self.whole.close()
-
-    def _measure(self) -> MeasuredTimes:
-        """Return stage times of idle hardware; predicting strategies go by them."""
-        profiler = self.whole.profiler
-        assert profiler is not None
-        return profiler.calibrate()
 
 
 def use_two_cpu_devices(*, one_core_each: bool) -> None:

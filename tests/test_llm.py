@@ -1,11 +1,15 @@
 """LLM: prompts in, texts out, in bounded memory; what is refused; and that closing frees all."""
 
 import dataclasses
+import gc
 import itertools
 import json
+import pathlib
 import pickle
+import re
 import subprocess
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -21,6 +25,7 @@ from apex_jax.request import FinishReason, RequestError, SamplingParams
 from apex_jax.settings import with_settings
 from apex_jax.timeline import Timeline
 
+README = pathlib.Path(__file__).parents[1] / "README.md"
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
@@ -102,6 +107,18 @@ def test_a_batch_job_and_an_llm_say_the_same(llm, folder):
         assert choice["token_ids"] == list(output.token_ids)
         assert choice["finish_reason"] == output.finish_reason
         assert choice["stop_reason"] == output.stop_reason
+
+
+def test_the_example_of_the_readme_runs(engines, folder, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(from apex_jax import LLM.*?)```", README.read_text(), re.S)
+    (folder / "prompts.txt").write_text("first\n\nthird\n")
+    monkeypatch.chdir(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its file to the interpreter
+        exec(code.replace("/models/Llama-3.2-1B-Instruct", str(folder)), {})
+        gc.collect()
+    assert "1 prompt is empty\n" in capsys.readouterr().out
+    assert engines.last.config.scheduler.strategy == "staggered"
 
 
 def test_results_can_be_pickled(llm):

@@ -128,12 +128,14 @@ def test_decode_rows_are_told_by_the_blocks_they_are_likely_to_fill():
 
 
 def test_prompts_take_what_their_chunk_and_context_take():
-    points = {(64, 1, 4): 4.0, (64, 1, 8): 6.0, (16, 1, 4): 1.0, (16, 1, 8): 2.0, (16, 4, 8): 3.0}
+    points = {(64, 1, 4): 4.0, (64, 1, 8): 6.0, (16, 1, 4): 1.0, (16, 1, 8): 2.0, (64, 4, 8): 3.0}
     times = make_times(prefill=points, staged_layer=points)
     assert times.prefill(2, PromptWork(1, 64, 64, 0)) == 4.0
     assert times.prefill(4, PromptWork(1, 64, 65, 0)) == 12.0
     assert times.staged_layer(PromptWork(3, 16, 3 * 100, 0)) == 3.0
     assert times.staged_layer(PromptWork(1, 40, 64, 0)) == pytest.approx(2.5)
+    calibrated = make_times(prefill={(16, 1, 4): 1.0, (32, 1, 4): 2.0})
+    assert calibrated.prefill(2, PromptWork(4, 16, 64, 0)) == pytest.approx(4.0), "all tokens"
 
 
 def test_pages_take_what_their_bucket_takes_and_the_host_is_not_padded():
