@@ -91,8 +91,8 @@ class SweepLoop:
             raise StuckError(f"nothing runs and nothing can start: {self.scheduler.describe()}")
         outputs: list[RequestOutput] = []
         if self._previous is not None:
-            tokens_b = self.dispatch.read(self._previous)
-            outputs = self.scheduler.commit(tokens_b, self._backend.now())
+            sampled = self.dispatch.read(self._previous)
+            outputs = self.scheduler.commit(sampled, self._backend.now())
         self._previous = launched
         return outputs
 
