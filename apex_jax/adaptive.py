@@ -76,6 +76,8 @@ class Adaptive:
                 self._policy = self._at_rest
             case "pipelining":
                 self._policy = AsymmetricPipelining(self._times)
+            case "pipelining_all":
+                self._policy = AsymmetricPipelining(self._times, takes_all=True)
             case _:
                 self._policy = Merging(
                     choice.cohorts,
@@ -154,9 +156,10 @@ class Apex(Adaptive):
         if not demand.host_rows:
             return []
         found: list[Prediction] = []
-        pipelined = self._predictor.pipelining(demand, max_rows)
-        if pipelined.host_rows and self._is_allowed(pipelined):
-            found.append(pipelined)
+        for takes_all in (False, True):
+            pipelined = self._predictor.pipelining(demand, max_rows, takes_all=takes_all)
+            if pipelined.host_rows and self._is_allowed(pipelined):
+                found.append(pipelined)
         for cohorts in range(1, min(MAX_COHORTS, demand.host_rows) + 1):
             ways = self._ways(cohorts, demand, max_rows)
             allowed = [one for one in ways if self._is_allowed(one)]

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,22 @@ def path_of(folder: Path, key: Mapping[str, Any]) -> Path:
     """Return where the profile for a key lies."""
     digest = hashlib.sha256(_canonical(key).encode()).hexdigest()
     return folder / f"profile-{digest[:16]}.json"
+
+
+def find_kept(
+    cache_dir: str, key: Mapping[str, Any], on_progress: Callable[[str], None]
+) -> ProfileTable | None:
+    """Return the profile that was kept for a key, if there is one; say why one is not used.
+
+    cache_dir: empty for nowhere.
+    """
+    if not cache_dir:
+        return None
+    try:
+        return load(path_of(Path(cache_dir).expanduser(), key), key)
+    except ProfileError as error:
+        on_progress(f"profile    not used: {error}")
+        return None
 
 
 def save(path: Path, table: ProfileTable) -> None:
