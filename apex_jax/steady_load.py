@@ -1,7 +1,7 @@
 """A load that does not change, planned by hand: what the dispatch loop meets without a scheduler.
 
 Device rows and host rows decode for ever, each in pages and a slot of its own; who begins a token
-in which cohort is the policy's to say. Imports no jax.
+in which cohort is the policy's to say. Called by simulation.py and tests. Imports no jax.
 """
 
 from collections.abc import Sequence
