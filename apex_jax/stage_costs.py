@@ -28,7 +28,8 @@ from apex_jax.hardware import (
 from apex_jax.plan import DecodeBatch, PrefillBatch
 
 MAX_RECENT = 64  # batches: more than are under way
-Batch, Answer = TypeVar("Batch"), TypeVar("Answer")
+Batch = TypeVar("Batch")
+Answer = TypeVar("Answer")
 
 
 class Work(NamedTuple):
