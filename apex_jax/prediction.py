@@ -93,6 +93,11 @@ class Predictor:
         merge_sec = times.linear(demand.device_rows, rows) - times.linear(demand.device_rows)
         num_single = num_layers if choice.passes != 1 else min(num_layers, cohorts * self._span)
         base_sec = self._device_sweep_sec(demand, num_single) + cohorts * merge_sec
+        if choice.passes != 1:
+            # Decisions are put off until the device is at its attention: a short one ends before
+            # Python has dispatched what follows.
+            attention_sec = times.device_attention(demand.device_rows, demand.device_tokens)
+            base_sec += num_layers * max(0.0, times.dispatch_sec - attention_sec)
         sweep_sec, num_sweeps, host_busy = base_sec, float(num_layers), 0.0
         for _ in range(NUM_ITERATIONS):
             # Cohorts queue for the host: a quarter of another's turn, as often as it is busy.
@@ -129,10 +134,17 @@ class Predictor:
         for the other; device_only where that yields no more.
         """
         times = self._times
+        if not demand.device_rows:
+            return self.device_only(demand)
         attention_sec = times.device_attention(demand.device_rows, demand.device_tokens)
         linear_sec = times.linear(demand.device_rows)
-        most_alone = self.rows_within(linear_sec, demand)
-        most_together = self.rows_within(times.linear(max(most_alone, 1)) + attention_sec, demand)
+        most_alone, most_together = self.rows_within(linear_sec, demand), 0
+        for _ in range(NUM_ITERATIONS):  # the more rows ride, the more hide behind them
+            most_together = self.rows_within(
+                times.linear(max(most_alone, 1)) + attention_sec, demand
+            )
+            riding = min(most_together, max(0, demand.host_rows - most_alone), max_rows)
+            most_alone = self.rows_within(times.linear(demand.device_rows, riding), demand)
         total = min(most_alone + most_together, demand.host_rows)
         if not most_alone or not total:
             return self.device_only(demand)

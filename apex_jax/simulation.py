@@ -286,20 +286,19 @@ def frozen_state(
             previous = launched
             num_sweeps += 1
 
-    round_sweeps = times.num_layers + 1
-    play(lambda: num_sweeps >= round_sweeps)
-    begin_sec, first_sweep = backend.now(), num_sweeps
-    first_layers, first_job = dispatch.stats.num_host_row_layers, dispatch.stats.num_host_jobs
-    # A cohort that is far too large passes seldom, so some of its layers must be seen too.
-    num_jobs = 2 * num_rounds * policy.max_cohorts
+    # A cohort that is far too large passes seldom: the look begins and ends as one does.
+    round_sweeps, stats = times.num_layers + 1, dispatch.stats
 
-    def is_seen() -> bool:
-        done = num_sweeps - first_sweep
-        jobs = dispatch.stats.num_host_jobs - first_job
-        is_slow = 0 < jobs < num_jobs and done < 8 * num_rounds * round_sweeps
-        return done >= num_rounds * round_sweeps and not is_slow
+    def play_on(least: int) -> None:
+        first = num_sweeps
+        play(lambda: num_sweeps - first >= least)
+        jobs, most = stats.num_host_jobs, least + 2 * round_sweeps
+        is_used = policy.max_cohorts > 0 and jobs > 0
+        play(lambda: not is_used or stats.num_host_jobs > jobs or num_sweeps - first >= most)
 
-    play(is_seen)
+    play_on(round_sweeps)
+    begin_sec, first_sweep, first_layers = backend.now(), num_sweeps, stats.num_host_row_layers
+    play_on(num_rounds * round_sweeps)
     seconds, done = backend.now() - begin_sec, num_sweeps - first_sweep
     row_layers = dispatch.stats.num_host_row_layers - first_layers
     return Steady(

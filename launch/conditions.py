@@ -8,17 +8,21 @@ when it is placed. Called by the simulate scripts. Imports no jax.
 import importlib
 import pkgutil
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import NamedTuple
 
 import configs
 from apex_jax.config import STRATEGIES, ConfigError, LlamaConfig, SchedulerConfig
 from apex_jax.cost_model import StageTimes
 from apex_jax.hardware_profiles import GIB, DeviceProfile, HostProfile, stage_times
 from apex_jax.policies import Policy
-from apex_jax.simulation import Steady, frozen_state
+from apex_jax.simulation import Simulation, Steady, frozen_state
 from apex_jax.strategies import make_policy
 from configs.hardware.devices import DEVICES
 from configs.hardware.hosts import HOSTS
+from launch.workloads import Lengths
 
 ITEMSIZE = 2  # of weights and KV: float16 or bfloat16
 PAGE_SIZE = 16
@@ -170,4 +174,62 @@ def play_steady(condition: Condition, found: Place, strategy: str, policy: Polic
         device_lengths=[length] * device_rows,
         host_lengths=[length] * host_rows,
         layers_per_program=LAYERS_PER_PROGRAM,
+    )
+
+
+class Job(NamedTuple):
+    """What a whole job came to.
+
+    rate: output tokens per second, from the first arrival to the last token. host_share: of the
+    output tokens, those decoded in the host lane. ttft_sec, tpot_sec: means over requests, the
+    latter over those with more than one token.
+    """
+
+    seconds: float
+    rate: float
+    host_share: float
+    ttft_sec: float
+    tpot_sec: float | None
+    num_preemptions: int
+    num_sweeps: int
+
+
+def play_job(
+    found: Place,
+    policy: Policy,
+    requests: Sequence[Lengths],
+    arrivals_sec: Sequence[float] | None = None,
+    max_prefill_tokens: int = 512,
+) -> Job:
+    """Run requests to their ends: admission, prompts, promotion and drain included.
+
+    arrivals_sec: ascending; None for all at once.
+    """
+    longest = max(sum(lengths) for lengths in requests)
+    simulation = Simulation(
+        found.times,
+        policy,
+        num_pages=found.device_tokens // PAGE_SIZE,
+        num_host_pages=found.host_tokens // PAGE_SIZE,
+        max_requests=MAX_DEVICE_REQUESTS,
+        max_host_requests=MAX_HOST_REQUESTS,
+        max_model_len=longest,
+        max_prefill_tokens=max_prefill_tokens,
+        page_size=PAGE_SIZE,
+        layers_per_program=LAYERS_PER_PROGRAM,
+    )
+    for arrival_sec, lengths in zip(arrivals_sec or [0.0] * len(requests), requests, strict=True):
+        simulation.submit_at(arrival_sec, *lengths)
+    simulation.run()
+    outputs, stats = simulation.outputs, simulation.scheduler.stats
+    seconds = max(one.finish_sec for one in outputs) - min(one.arrival_sec for one in outputs)
+    tpots_sec = [one.tpot_sec for one in outputs if one.tpot_sec is not None]
+    return Job(
+        seconds=seconds,
+        rate=stats.num_output_tokens / seconds,
+        host_share=stats.num_host_tokens / stats.num_output_tokens,
+        ttft_sec=fmean(one.ttft_sec for one in outputs),
+        tpot_sec=fmean(tpots_sec) if tpots_sec else None,
+        num_preemptions=stats.num_preemptions,
+        num_sweeps=stats.num_sweeps,
     )
