@@ -164,7 +164,7 @@ def steady_rows(condition: Condition, found: Place) -> tuple[int, int]:
     )
 
 
-def play_steady(condition: Condition, found: Place, strategy: str, policy: Policy) -> Steady:
+def play_steady(condition: Condition, found: Place, policy: Policy) -> Steady:
     """Return what a strategy yields while both lanes are full of half-way requests."""
     device_rows, host_rows = steady_rows(condition, found)
     length = condition.prompt_tokens + condition.output_tokens // 2

@@ -89,7 +89,7 @@ def play(condition: Condition) -> tuple[Row, dict[str, tuple[int, float]]]:
     for name in (*FIXED, *CHOOSING):
         begin_sec = time.process_time()
         policy = policy_of(name, found.times)
-        played = play_steady(condition, found, name, policy)
+        played = play_steady(condition, found, policy)
         spent[name] = played.num_sweeps, time.process_time() - begin_sec
         rates[name] = played.rate
         if isinstance(policy, Adaptive):
