@@ -49,8 +49,8 @@ NUM_WORST = 12
 
 
 def all_conditions() -> list[Condition]:
-    """Return the combinations that can be."""
-    found: list[Condition] = []
+    """Return the combinations that can be, each load once: more memory may hold no more rows."""
+    found: dict[tuple[object, ...], Condition] = {}
     for device, model, context, kv_gib, scale, host_gib in itertools.product(
         DEVICES, MODELS, CONTEXTS, KV_GIB, HOST_SCALES, HOST_GIB
     ):
@@ -69,8 +69,8 @@ def all_conditions() -> list[Condition]:
         except ConfigError:
             continue
         if all(rows):
-            found.append(condition)
-    return found
+            found.setdefault((device, model, context, scale, *rows), condition)
+    return list(found.values())
 
 
 def draw(num_conditions: int, seed: int) -> list[Condition]:

@@ -182,8 +182,8 @@ def page(rows: Sequence[Row], num_requests: int) -> str:
         "[../simulation.md](../simulation.md). No card was used.",
         "",
         f"Whole jobs of {num_requests} requests, all there at the start, with NEO's KV budgets: "
-        "864 tokens on the T4 beside 20 GB on the host (Llama 2 7B), 26,400 on the A10 beside 120 GB "
-        "(Llama 3.1 8B). Gains are over `device_only` of this project, the published ones over "
+        "864 tokens on the T4 beside 20 GB on the host (Llama 2 7B), 26,400 on the A10 beside "
+        "120 GB (Llama 3.1 8B). Gains are over `device_only` of this project, the published ones over "
         "vLLM: 1.84 to 1.96 on the T4, 1.11 to 1.89 on the A10, each over all its workloads.",
         "",
         "| case | published | " + " | ".join(f"`{name}`" for name in STRATEGIES[1:]) + " |",
