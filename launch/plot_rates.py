@@ -3,7 +3,7 @@
 Owns the picture; its rows are simulate's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import escape
 
@@ -50,7 +50,7 @@ def _title(row: Row) -> str:
     return f"{row['model']} on {row['device']} with {host}, {lengths}{kv}"
 
 
-def _bar(row: Row, most: float, y: float, colors: dict[str, str]) -> Iterator[str]:
+def _bar(row: Row, most: float, y: float, colors: Mapping[str, str]) -> Iterator[str]:
     if "rate" not in row:
         yield _text(16, y + 12, row["reason"], "")
         return

@@ -14,6 +14,7 @@ import multiprocessing
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,30 +62,42 @@ class Case:
 
 def cases() -> list[Case]:
     """Return the paper's settings, with NEO's budgets."""
-    t4 = ("t4", "paper_t4", "llama_2_7b", 864, int(20 * GB), (1.84, 1.96))
-    a10 = ("a10", "paper_a10", "llama_3_1_8b", 26_400, int(120 * GB), (1.11, 1.89))
-    found = [
-        _of_trace("T4, OSC", t4, "osc"),
-        _of_trace("A10, Azure conversation", a10, "azure_conv"),
+    t4 = partial(
+        Case,
+        device="t4",
+        host="paper_t4",
+        model="llama_2_7b",
+        kv_tokens=864,
+        host_bytes=int(20 * GB),
+        published=(1.84, 1.96),
+    )
+    a10 = partial(
+        Case,
+        device="a10",
+        host="paper_a10",
+        model="llama_3_1_8b",
+        kv_tokens=26_400,
+        host_bytes=int(120 * GB),
+        published=(1.11, 1.89),
+    )
+    lengths = {
+        "T4": (t4, (Lengths(370, 100), Lengths(370, 200))),
+        "A10": (a10, (*(Lengths(1000, n) for n in (50, 100, 200, 400)), Lengths(128, 1024))),
+    }
+    return [
+        t4(title="T4, OSC", lengths=_means("osc"), workload="osc"),
+        a10(title="A10, Azure conversation", lengths=_means("azure_conv"), workload="azure_conv"),
+        *(
+            case(title=f"{card}, {one.prompt_tokens} + {one.output_tokens} tokens", lengths=one)
+            for card, (case, several) in lengths.items()
+            for one in several
+        ),
     ]
-    found += [
-        Case(f"T4, 370 + {output} tokens", *t4, Lengths(370, output)) for output in (100, 200)
-    ]
-    found += [
-        Case(f"A10, 1000 + {output} tokens", *a10, Lengths(1000, output))
-        for output in (50, 100, 200, 400)
-    ]
-    found += [
-        Case(f"A10, {prompt} + {output} tokens", *a10, Lengths(prompt, output))
-        for prompt, output in ((128, 1024),)
-    ]
-    return found
 
 
-def _of_trace(title: str, hardware: tuple[Any, ...], workload: str) -> Case:
+def _means(workload: str) -> Lengths:
     trace = traces()[workload]
-    means = Lengths(round(trace["mean_prompt_tokens"]), round(trace["mean_output_tokens"]))
-    return Case(title, *hardware, means, workload)
+    return Lengths(round(trace["mean_prompt_tokens"]), round(trace["mean_output_tokens"]))
 
 
 class Player:
@@ -95,7 +108,8 @@ class Player:
             case.device,
             case.host,
             case.model,
-            *case.lengths,
+            case.lengths.prompt_tokens,
+            case.lengths.output_tokens,
             kv_bytes=case.kv_tokens * architecture(case.model).kv_bytes_per_token(ITEMSIZE),
             host_bytes=case.host_bytes,
         )
@@ -183,8 +197,8 @@ def page(rows: Sequence[Row], num_requests: int) -> str:
         "",
         f"Whole jobs of {num_requests} requests, all there at the start, with NEO's KV budgets: "
         "864 tokens on the T4 beside 20 GB on the host (Llama 2 7B), 26,400 on the A10 beside "
-        "120 GB (Llama 3.1 8B). Gains are over `device_only` of this project, the published ones over "
-        "vLLM: 1.84 to 1.96 on the T4, 1.11 to 1.89 on the A10, each over all its workloads.",
+        "120 GB (Llama 3.1 8B). Gains are over `device_only` of this project, the published ones "
+        "over vLLM: 1.84 to 1.96 on the T4, 1.11 to 1.89 on the A10, each over all its workloads.",
         "",
         "| case | published | " + " | ".join(f"`{name}`" for name in STRATEGIES[1:]) + " |",
         "|---" * (len(STRATEGIES) + 1) + "|",
