@@ -6,6 +6,7 @@ is simulated, and tests hold the result to what the simulated backend does. Call
 and by plans. Imports no jax.
 """
 
+import math
 from typing import NamedTuple
 
 from apex_jax.cost_model import Times
@@ -105,7 +106,11 @@ class Predictor:
             fewest_sweeps = self._fewest_sweeps(
                 choice.passes, trip_sec + queue_sec, base_sec, demand
             )
-            num_sweeps = max(fewest_sweeps, num_layers * cohorts * host_sec / sweep_sec)
+            host_sweeps = num_layers * cohorts * host_sec / sweep_sec
+            num_sweeps = max(fewest_sweeps, host_sweeps)
+            if choice.passes not in (1, None):
+                # Where the bound on passes and the host are about as tight, both hinder at times.
+                num_sweeps = math.hypot(fewest_sweeps**3, host_sweeps**3) ** (1 / 3)
             if choice.passes == 1 and not self._is_flooded(cohorts, host_sec, trip_sec, sweep_sec):
                 turn_sec = max(trip_sec, cohorts * host_sec)
                 num_sweeps = max(num_sweeps, num_layers * -(-turn_sec // sweep_sec) + 1)
@@ -148,7 +153,7 @@ class Predictor:
         total = min(most_alone + most_together, demand.host_rows)
         if not most_alone or not total:
             return self.device_only(demand)
-        alone = min(max_rows, max(1, round(total * most_alone / (most_alone + most_together))))
+        alone = min(max_rows, max(1, self._share_alone(total, attention_sec, demand)))
         together = min(max_rows, total - alone)
         alone_sec, together_sec = times.linear(alone), times.linear(demand.device_rows, together)
         work_sec = together_sec + attention_sec + alone_sec
@@ -177,6 +182,20 @@ class Predictor:
             alone + together,
             min(1.0, self._num_layers * host_sec / sweep_sec),
         )
+
+    def _share_alone(self, total: int, attention_sec: float, demand: Demand) -> int:
+        """Return how many of so many rows ride alone: as many as leave both the same slack."""
+        times = self._times
+        low, high = 0, total
+        while high - low > 1:
+            alone = (low + high) // 2
+            together = total - alone
+            slack_alone_sec = times.linear(demand.device_rows, together)
+            slack_alone_sec -= self._host_sec(alone, demand)
+            slack_together_sec = times.linear(alone) + attention_sec
+            slack_together_sec -= self._host_sec(together, demand)
+            low, high = (alone, high) if slack_alone_sec >= slack_together_sec else (low, alone)
+        return high
 
     def rows_within(self, seconds: float, demand: Demand) -> int:
         """Return how many of the host rows the host attends to in so many seconds a layer."""
