@@ -6,6 +6,7 @@ is simulated, and tests hold the result to what the simulated backend does. Call
 and by plans. Imports no jax.
 """
 
+import math
 from typing import NamedTuple
 
 from apex_jax.cost_model import Times
@@ -96,6 +97,11 @@ class Predictor:
         merge_sec = times.linear(demand.device_rows, rows) - times.linear(demand.device_rows)
         num_single = num_layers if choice.passes != 1 else min(num_layers, cohorts * self._span)
         base_sec = self._device_sweep_sec(demand, num_single) + cohorts * merge_sec
+        if choice.passes != 1:
+            # Decisions are put off until the device is at its attention: a short one ends before
+            # Python has dispatched what follows.
+            attention_sec = times.device_attention(demand.device_rows, demand.device_tokens)
+            base_sec += num_layers * max(0.0, times.dispatch_sec - attention_sec)
         sweep_sec, num_sweeps, host_busy = base_sec, float(num_layers), 0.0
         for _ in range(NUM_ITERATIONS):
             # Cohorts queue for the host: a quarter of another's turn, as often as it is busy.
@@ -103,7 +109,11 @@ class Predictor:
             fewest_sweeps = self._fewest_sweeps(
                 choice.passes, trip_sec + queue_sec, base_sec, demand
             )
-            num_sweeps = max(fewest_sweeps, num_layers * cohorts * host_sec / sweep_sec)
+            host_sweeps = num_layers * cohorts * host_sec / sweep_sec
+            num_sweeps = max(fewest_sweeps, host_sweeps)
+            if choice.passes not in (1, None):
+                # Where the bound on passes and the host are about as tight, both hinder at times.
+                num_sweeps = math.hypot(fewest_sweeps**3, host_sweeps**3) ** (1 / 3)
             if choice.passes == 1 and not self._is_flooded(cohorts, host_sec, trip_sec, sweep_sec):
                 turn_sec = max(trip_sec, cohorts * host_sec)
                 num_sweeps = max(num_sweeps, num_layers * -(-turn_sec // sweep_sec) + 1)
@@ -132,16 +142,23 @@ class Predictor:
         for the other, device_only where that yields no more; or (takes_all) with all host rows.
         """
         times = self._times
+        if not demand.device_rows:
+            return self.device_only(demand)
         attention_sec = times.device_attention(demand.device_rows, demand.device_tokens)
         linear_sec = times.linear(demand.device_rows)
-        most_alone = self.rows_within(linear_sec, demand)
-        most_together = self.rows_within(times.linear(max(most_alone, 1)) + attention_sec, demand)
+        most_alone, most_together = self.rows_within(linear_sec, demand), 0
+        for _ in range(NUM_ITERATIONS):  # the more rows ride, the more hide behind them
+            most_together = self.rows_within(
+                times.linear(max(most_alone, 1)) + attention_sec, demand
+            )
+            riding = min(most_together, max(0, demand.host_rows - most_alone), max_rows)
+            most_alone = self.rows_within(times.linear(demand.device_rows, riding), demand)
         total = min(most_alone + most_together, demand.host_rows)
         if takes_all:
             most_alone, total = max(1, most_alone), min(2 * max_rows, demand.host_rows)
         if not most_alone or not total:
             return self.device_only(demand)
-        alone = min(max_rows, max(1, round(total * most_alone / (most_alone + most_together))))
+        alone = min(max_rows, max(1, self._share_alone(total, attention_sec, demand)))
         together = min(max_rows, total - alone)
         alone_sec, together_sec = times.linear(alone), times.linear(demand.device_rows, together)
         work_sec = together_sec + attention_sec + alone_sec
@@ -169,6 +186,20 @@ class Predictor:
             alone + together,
             min(1.0, self._num_layers * host_sec / sweep_sec),
         )
+
+    def _share_alone(self, total: int, attention_sec: float, demand: Demand) -> int:
+        """Return how many of so many rows ride alone: as many as leave both the same slack."""
+        times = self._times
+        low, high = 0, total
+        while high - low > 1:
+            alone = (low + high) // 2
+            together = total - alone
+            slack_alone_sec = times.linear(demand.device_rows, together)
+            slack_alone_sec -= self._host_sec(alone, demand)
+            slack_together_sec = times.linear(alone) + attention_sec
+            slack_together_sec -= self._host_sec(together, demand)
+            low, high = (alone, high) if slack_alone_sec >= slack_together_sec else (low, alone)
+        return high
 
     def rows_within(self, seconds: float, demand: Demand) -> int:
         """Return how many of the host rows the host attends to in so many seconds a layer."""

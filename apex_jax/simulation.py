@@ -4,7 +4,8 @@ Owns the loop and what a steady state came to; requests are lengths, tokens are 
 launch scripts and tests. Imports no jax.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from apex_jax.backends.simulated import SimulatedBackend
@@ -15,6 +16,7 @@ from apex_jax.monitor import StageMonitor
 from apex_jax.policies import Policy
 from apex_jax.request import Request, RequestOutput, SamplingParams
 from apex_jax.scheduler import Scheduler
+from apex_jax.steady_load import SteadyLoad
 
 WATCHDOG_SEC = 1e6  # nothing hangs on a virtual clock; a sweep may be described as slow
 
@@ -72,7 +74,7 @@ class Simulation:
             page_size=page_size,
             noise=noise,
             seed=seed,
-            on_span=self._span,
+            on_span=None if monitor is None and on_span is None else self._span,
         )
         self._on_span, self._monitor = on_span, monitor
         self._swept_sec = 0.0
@@ -86,20 +88,41 @@ class Simulation:
         self.outputs: list[RequestOutput] = []
         self._previous: SweepHandle | None = None
         self._num_submitted = 0
+        self._arrivals: deque[tuple[float, Request]] = deque()
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle and self._previous is None
+        return self.scheduler.is_idle and self._previous is None and not self._arrivals
 
     def submit(self, prompt_tokens: int, max_tokens: int) -> None:
         """Queue a request of given lengths; RequestError if it could never run."""
+        self.scheduler.submit(self._request(prompt_tokens, max_tokens), self.backend.now())
+
+    def submit_at(self, arrival_sec: float, prompt_tokens: int, max_tokens: int) -> None:
+        """Let a request arrive at a time to come, no sooner than those before it.
+
+        It is queued as the first sweep after that is planned, which is when `step` or `run` raise
+        RequestError if it could never run; its waiting counts from its arrival.
+        """
+        assert not self._arrivals or arrival_sec >= self._arrivals[-1][0]
+        self._arrivals.append((arrival_sec, self._request(prompt_tokens, max_tokens)))
+
+    def _request(self, prompt_tokens: int, max_tokens: int) -> Request:
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        request = Request(str(self._num_submitted), (1,) * prompt_tokens, sampling)
-        self.scheduler.submit(request, self.backend.now())
         self._num_submitted += 1
+        return Request(str(self._num_submitted - 1), (1,) * prompt_tokens, sampling)
+
+    def _receive(self) -> None:
+        """Queue who has arrived; with nothing else to do, wait for who is next."""
+        if self._arrivals and self.scheduler.is_idle and self._previous is None:
+            self.backend.idle_until(self._arrivals[0][0])
+        while self._arrivals and self._arrivals[0][0] <= self.backend.now():
+            arrival_sec, request = self._arrivals.popleft()
+            self.scheduler.submit(request, arrival_sec)
 
     def step(self) -> None:
         """Play a sweep."""
+        self._receive()
         plan = self.scheduler.plan_sweep()
         launched = self.dispatch.launch(plan) if plan is not None else None
         if launched is not None:
@@ -136,6 +159,7 @@ class Steady(NamedTuple):
     host_rate: float
     sweep_sec: float
     stats: DispatchStats  # from the start on
+    num_sweeps: int  # from the start on
 
     @property
     def rate(self) -> float:
@@ -211,4 +235,76 @@ def steady_state(
         host_rate=row_layers / times.num_layers / seconds,
         sweep_sec=seconds / (scheduler.stats.num_sweeps - first),
         stats=dispatched,
+        num_sweeps=scheduler.stats.num_sweeps,
+    )
+
+
+def frozen_state(
+    times: Times,
+    policy: Policy,
+    *,
+    device_lengths: Sequence[int],
+    host_lengths: Sequence[int],
+    num_rounds: int = 2,
+    layers_per_program: int = 4,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> Steady:
+    """Let rows of given KV lengths decode that never grow, and return what becomes of them.
+
+    The dispatch loop and the policy as they are, without scheduler, prompts and pages: many times
+    as fast as `steady_state`, and every sweep costs the same under any strategy, so that rates can
+    be compared closely. num_rounds: as there; one before them is not measured.
+    """
+    backend = SimulatedBackend(
+        times, layers_per_program=layers_per_program, page_size=1, noise=noise, seed=seed
+    )
+    dispatch = Dispatch(
+        backend,
+        policy,
+        num_layers=times.num_layers,
+        layers_per_program=layers_per_program,
+        watchdog_sec=WATCHDOG_SEC,
+    )
+    load = SteadyLoad(
+        policy,
+        device_lengths=device_lengths if policy.uses_device_lane else (),
+        host_lengths=host_lengths if policy.max_cohorts else (),
+        grows=False,
+        max_cohort_rows=max(len(host_lengths), 1),
+    )
+    num_device = load.num_device_rows
+    num_sweeps, previous = 0, None
+
+    def play(until: Callable[[], bool]) -> None:
+        nonlocal num_sweeps, previous
+        while not until():
+            launched = dispatch.launch(load.plan_sweep())
+            load.note_launched(launched)
+            if previous is not None:
+                dispatch.read(previous)
+            previous = launched
+            num_sweeps += 1
+
+    # A cohort that is far too large passes seldom: the look begins and ends as one does.
+    round_sweeps, stats = times.num_layers + 1, dispatch.stats
+
+    def play_on(least: int) -> None:
+        first = num_sweeps
+        play(lambda: num_sweeps - first >= least)
+        jobs, most = stats.num_host_jobs, least + 2 * round_sweeps
+        is_used = policy.max_cohorts > 0 and jobs > 0
+        play(lambda: not is_used or stats.num_host_jobs > jobs or num_sweeps - first >= most)
+
+    play_on(round_sweeps)
+    begin_sec, first_sweep, first_layers = backend.now(), num_sweeps, stats.num_host_row_layers
+    play_on(num_rounds * round_sweeps)
+    seconds, done = backend.now() - begin_sec, num_sweeps - first_sweep
+    row_layers = dispatch.stats.num_host_row_layers - first_layers
+    return Steady(
+        device_rate=num_device * done / seconds,
+        host_rate=row_layers / times.num_layers / seconds,
+        sweep_sec=seconds / done,
+        stats=dispatch.stats,
+        num_sweeps=num_sweeps,
     )

@@ -5,7 +5,8 @@ job takes; the arithmetic of each is cost_model's. What waits for what is a back
 Called by the backends that predict. Imports no jax.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 from apex_jax.cost_model import PromptWork, Times
 from apex_jax.hardware import (
@@ -25,6 +26,10 @@ from apex_jax.hardware import (
     StagedLayer,
 )
 from apex_jax.plan import DecodeBatch, PrefillBatch
+
+MAX_RECENT = 64  # batches: more than are under way
+Batch = TypeVar("Batch")
+Answer = TypeVar("Answer")
 
 
 class Work(NamedTuple):
@@ -59,6 +64,22 @@ def work_of(batch: DecodeBatch | PrefillBatch) -> Work:
     return Work(prompts.num_rows * prompts.num_tokens, prompts.num_kv_tokens)
 
 
+class _Recent(Generic[Batch, Answer]):
+    """A function of a batch, asked once for each: the loop comes with it for every layer."""
+
+    def __init__(self, ask: Callable[[Batch], Answer]):
+        self._ask = ask
+        self._answers: dict[int, tuple[Batch, Answer]] = {}  # by id, which the batch keeps its own
+
+    def __call__(self, batch: Batch) -> Answer:
+        known = self._answers.get(id(batch))
+        if known is None:
+            if len(self._answers) == MAX_RECENT:
+                self._answers.clear()
+            known = self._answers[id(batch)] = (batch, self._ask(batch))
+        return known[1]
+
+
 class StageCosts:
     """Seconds of stages and jobs for one model on one device and one host.
 
@@ -68,6 +89,7 @@ class StageCosts:
     def __init__(self, times: Times, *, layers_per_program: int, page_size: int):
         self.times = times
         self._span, self._page_size = layers_per_program, page_size
+        self._work_of, self._prompts_of = _Recent(work_of), _Recent(PromptWork.of)
 
     def of_stage(self, stage: Stage, works: list[Work]) -> tuple[list[Work], float]:
         """Return the work that each group goes on with, and the device's seconds.
@@ -78,14 +100,14 @@ class StageCosts:
         num_rows = sum(work.rows for work in works)
         match stage:
             case Embed():
-                work = work_of(stage.batch)
+                work = self._work_of(stage.batch)
                 return [work], times.embed(work.rows)
             case Boundary():
                 return works, times.linear(*(work.rows for work in works))
             case DeviceAttention():
                 return works, times.device_attention(num_rows, works[0].tokens)
             case Layers(batch=PrefillBatch() as batch):
-                return works, times.prefill(self._span, PromptWork.of(batch))
+                return works, times.prefill(self._span, self._prompts_of(batch))
             case Layers():
                 return works, times.layers(self._span, num_rows, works[0].tokens)
             case PreAttention():
@@ -93,7 +115,7 @@ class StageCosts:
             case PostAttention():
                 return works, times.post_attention(num_rows)
             case StagedLayer():
-                return works, times.staged_layer(PromptWork.of(stage.batch))
+                return works, times.staged_layer(self._prompts_of(stage.batch))
             case Head():
                 num_sampled = sum(len(batch.rows_b) for batch in stage.batches)
                 is_greedy = all(batch.is_greedy for batch in stage.batches)
@@ -105,7 +127,7 @@ class StageCosts:
         """Return what a job takes of the host and of the link."""
         times = self.times
         if isinstance(job, HostAttention):
-            work = work_of(job.batch)
+            work = self._work_of(job.batch)
             transfer_sec = times.transfer(num_rows=work.rows)
             host_sec = times.host_attention(work.rows, work.tokens)
             return JobCost(work, host_sec, transfer_sec, transfer_sec)

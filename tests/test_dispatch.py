@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paper_backend import VOCAB_SIZE, Pace, PaperBackend, expected_output
-from steady_load import GREEDY, SteadyLoad
 
 from apex_jax.cost_model import StageTimes
 from apex_jax.dispatch import Dispatch, StuckError
@@ -38,6 +37,7 @@ from apex_jax.plan import (
     SweepPlan,
 )
 from apex_jax.policies import Action, DeviceOnly, Fixed, Merging
+from apex_jax.steady_load import GREEDY, SteadyLoad
 
 NUM_LAYERS, SPAN, PAGE_SIZE, PAGES_PER_ROW = 6, 2, 4, 16
 

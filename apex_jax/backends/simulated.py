@@ -60,14 +60,17 @@ class SimulatedBackend:
 
     def enqueue(self, stage: Stage, *operands: Handle) -> tuple[SimulatedHandle, ...]:
         self._now_sec += self._dispatch_sec
-        groups = [_simulated(operand) for operand in operands]
-        works, seconds = self._costs.of_stage(stage, [group.work for group in groups])
-        start_sec = max(
-            self._now_sec, self._device_free_sec, *(group.ready_sec for group in groups)
-        )
-        end_sec = start_sec + self._noisy(seconds)
+        works: list[Work] = []
+        start_sec = max(self._now_sec, self._device_free_sec)
+        for operand in operands:
+            assert isinstance(operand, SimulatedHandle)
+            works.append(operand.work)
+            start_sec = max(start_sec, operand.ready_sec)
+        works, seconds = self._costs.of_stage(stage, works)
+        end_sec = start_sec + (self._noisy(seconds) if self._noise else seconds)
         self._device_free_sec = end_sec
-        self._report("device", stage, start_sec, end_sec)
+        if self._on_span is not None:
+            self._report("device", stage, start_sec, end_sec)
         if isinstance(stage, Head):
             counts = [len(batch.rows_b) for batch in stage.batches]
             return tuple(SimulatedHandle(self, end_sec, Work(), count) for count in counts)
@@ -78,7 +81,8 @@ class SimulatedBackend:
         work, seconds, moving_sec, back_sec = self._costs.of_job(job)
         arrival_sec = self._now_sec
         if operand is not None:
-            left_sec = _simulated(operand).ready_sec
+            assert isinstance(operand, SimulatedHandle)
+            left_sec = operand.ready_sec
             arrival_sec = max(arrival_sec, left_sec + self._noisy(moving_sec))
             self._report("to host", job, left_sec, arrival_sec)
         start_sec = max(arrival_sec, self._host_free_sec)
@@ -92,15 +96,24 @@ class SimulatedBackend:
         return SimulatedHandle(self, ready_sec, work)
 
     def wait_any(self, handles: Sequence[Handle], deadline_sec: float) -> Handle | None:
-        first = min((_simulated(handle) for handle in handles), key=lambda one: one.ready_sec)
-        if first.ready_sec <= max(self._now_sec, deadline_sec):
-            self._now_sec = max(self._now_sec, first.ready_sec)
-            return first
-        self._now_sec = max(self._now_sec, deadline_sec)
-        return None
+        first: SimulatedHandle | None = None
+        for handle in handles:
+            assert isinstance(handle, SimulatedHandle)
+            if first is None or handle.ready_sec < first.ready_sec:
+                first = handle
+        assert first is not None
+        if first.ready_sec > deadline_sec and first.ready_sec > self._now_sec:
+            self._now_sec = max(self._now_sec, deadline_sec)
+            return None
+        self._now_sec = max(self._now_sec, first.ready_sec)
+        return first
 
     def now(self) -> float:
         return self._now_sec
+
+    def idle_until(self, now_sec: float) -> None:
+        """Let time pass in which nobody asks for anything."""
+        self._now_sec = max(self._now_sec, now_sec)
 
     def _noisy(self, seconds: float) -> float:
         return seconds * self._random.lognormvariate(0.0, self._noise) if self._noise else seconds
@@ -112,8 +125,3 @@ class SimulatedBackend:
             self._on_span(lane, name_of(work), start_sec, end_sec, work=work)
         else:
             self._on_span(lane, name_of(work), start_sec, end_sec)
-
-
-def _simulated(handle: Handle) -> SimulatedHandle:
-    assert isinstance(handle, SimulatedHandle)
-    return handle

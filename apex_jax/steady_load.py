@@ -1,7 +1,7 @@
 """A load that does not change, planned by hand: what the dispatch loop meets without a scheduler.
 
 Device rows and host rows decode for ever, each in pages and a slot of its own; who begins a token
-in which cohort is the policy's to say. Imports no jax.
+in which cohort is the policy's to say. Called by simulation.py and tests. Imports no jax.
 """
 
 from collections.abc import Sequence
@@ -46,13 +46,15 @@ class SteadyLoad:
     def plan_sweep(self) -> SweepPlan:
         device_rows = list(range(self.num_device_rows))
         num_tokens = int(self._lengths[device_rows].sum())
+        under_way = [row for rows in self._cohorts.values() for row in rows]
         load = Load(
             num_rows=len(device_rows),
             num_tokens=num_tokens,
             num_settled_rows=len(device_rows),
             num_settled_tokens=num_tokens,
             lengths=self._lengths[self._idle_rows].tolist(),
-            num_under_way=sum(map(len, self._cohorts.values())),
+            num_under_way=len(under_way),
+            num_tokens_under_way=int(self._lengths[under_way].sum()),
             idle_cohorts=[
                 one for one in range(self._policy.max_cohorts) if one not in self._cohorts
             ],
@@ -62,8 +64,8 @@ class SteadyLoad:
         members = self._policy.form(load)
         begun = {one: [self._idle_rows[index] for index in rows] for one, rows in members.items()}
         self._cohorts |= begun
-        under_way = {row for rows in self._cohorts.values() for row in rows}
-        self._idle_rows = [row for row in self._idle_rows if row not in under_way]
+        begun_rows = {row for rows in begun.values() for row in rows}
+        self._idle_rows = [row for row in self._idle_rows if row not in begun_rows]
         self._num_sweeps += 1
         return SweepPlan(
             sweep_id=self._num_sweeps,
