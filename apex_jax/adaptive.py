@@ -20,6 +20,7 @@ PASSES = (None, 24, 16, 12, 8, 6, 4, 3, 2)
 MARGIN = 0.02  # of a window, for the noise of stage times: who misses one loses a sweep
 MIN_GAIN = 0.02  # over device_only: less is noise
 MIN_CHANGE = 0.01  # over the choice in force: a change costs the tokens under way some time
+HOMING_SHARE = 4  # room on the device for this part of its rows is worth hurrying for
 MIN_SWEEPS = 8  # between two looks at a load that is about the same, and at corrected times
 
 
@@ -46,12 +47,14 @@ class Adaptive:
 
     max_cohorts = MAX_COHORTS
     uses_device_lane = True
+    device_prompts_first = False
 
     def __init__(self, times: Times, layers_per_program: int):
         self._times = times
         self._predictor = Predictor(times, layers_per_program)
         # Without a host lane tokens under way still go on to their end, where that costs nothing.
         self._at_rest = Merging(MAX_COHORTS)
+        self._homing = Merging(MAX_COHORTS, passes=None)
         self._policy: Policy = self._at_rest
         self.max_host_rows: int | None = None
         self.decision: Decision | None = None
@@ -61,7 +64,8 @@ class Adaptive:
         return self._policy.passes
 
     def form(self, load: Load) -> Mapping[int, Sequence[int]]:
-        return {} if self._policy is self._at_rest else self._policy.form(load)
+        begins_nothing = self._policy is self._at_rest or self._policy is self._homing
+        return {} if begins_nothing else self._policy.form(load)
 
     def may_enter(self, points: Sequence[int], num_layers: int) -> bool:
         return self._policy.may_enter(points, num_layers)
@@ -94,6 +98,10 @@ class Apex(Adaptive):
     not taken.
     """
 
+    # Who decodes on the device yields more for the same prompt, and while it waits to be filled the
+    # host lane gains nothing.
+    device_prompts_first = True
+
     def __init__(
         self, times: Times, layers_per_program: int, max_host_tpot_sec: float | None = None
     ):
@@ -110,6 +118,11 @@ class Apex(Adaptive):
 
     def consider(self, load: Load) -> None:
         num_host, num_tokens = _host_rows(load)
+        if load.num_homing >= max(1, min(num_host, load.num_settled_rows // HOMING_SHARE)):
+            # Rows change lanes between tokens, so those under way are hurried to their end.
+            self._policy = self._homing
+            self._seen = ()
+            return
         self._num_sweeps += 1
         # Powers of two: a load that differs as much is another load.
         seen = tuple(
@@ -136,7 +149,11 @@ class Apex(Adaptive):
             reason = "the host lane would yield no more"
         if candidates and candidates[0].rate > (1 + MIN_GAIN) * device_only.rate:
             best, reason = self._stay_or_go(candidates)
-        if best.choice != (self.decision.best.choice if self.decision else None):
+        if (
+            self._policy is self._homing
+            or self.decision is None
+            or best.choice != self.decision.best.choice
+        ):
             self._use(best.choice)
         self.decision = Decision(demand, best, device_only, tuple(candidates), reason)
 

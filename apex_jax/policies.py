@@ -52,7 +52,8 @@ class Load:
     num_rows, num_tokens: device rows that decode in it, and tokens of their KV.
     num_prompt_tokens: that it prefills for the device, padding included.
     num_settled_rows, num_settled_tokens: the device lane, those with prompts under way included.
-    num_waiting: requests in neither lane.
+    num_waiting: requests in neither lane. num_homing: host-lane rows for which the device has room,
+    where nobody waits for it.
     lengths: tokens of KV of each host-lane row without a token under way, oldest first.
     num_under_way, num_tokens_under_way: the other host-lane rows in cohorts, and their KV.
     idle_cohorts: those that may begin a token (ids). max_rows: of a cohort.
@@ -64,6 +65,7 @@ class Load:
     num_settled_rows: int = 0
     num_settled_tokens: int = 0
     num_waiting: int = 0
+    num_homing: int = 0
     lengths: Sequence[int] = ()
     num_under_way: int = 0
     num_tokens_under_way: int = 0
@@ -79,6 +81,7 @@ class Policy(Protocol):
     KV lives on the device. passes: points a cohort may pass per sweep, counted from the device's
     coming by to the next; None for all. With 1 the loop runs ahead from one cohort's place to the
     next. max_host_rows: requests worth having in the host lane; None for all it has room for.
+    device_prompts_first: whether prompts for the host wait while the device prefills its own.
     """
 
     @property
@@ -89,6 +92,8 @@ class Policy(Protocol):
     def passes(self) -> int | None: ...
     @property
     def max_host_rows(self) -> int | None: ...
+    @property
+    def device_prompts_first(self) -> bool: ...
 
     def consider(self, load: Load) -> None:
         """Look at the sweep that is being planned, before `form`; who chooses chooses here."""
@@ -111,6 +116,7 @@ class Fixed:
     """What policies share that choose nothing: the host lane takes whoever it has room for."""
 
     max_host_rows: int | None = None
+    device_prompts_first = False
 
     def consider(self, load: Load) -> None:
         pass

@@ -479,6 +479,8 @@ class Scheduler:
         group = self._group
         if group is None:
             return None
+        if prefill is not None and self._policy.device_prompts_first:
+            return None
         num_taken = prefill.token_ids_bt.size if prefill is not None else 0
         share = self._max_chunk_tokens // HOST_PREFILL_SHARE
         num_tokens = max(self._max_chunk_tokens - num_taken, share)
@@ -543,6 +545,7 @@ class Scheduler:
             num_settled_rows=len(settled),
             num_settled_tokens=sum(sequence.num_tokens for sequence in settled),
             num_waiting=len(self._waiting),
+            num_homing=self._count_homing(),
             lengths=[sequence.num_tokens for sequence in rows],
             num_under_way=len(under_way),
             num_tokens_under_way=sum(sequence.num_tokens for sequence in under_way),
@@ -596,6 +599,18 @@ class Scheduler:
                 break
             moves.append(self._start_move(sequence, Direction.PROMOTION))
             num_left -= 1
+
+    def _count_homing(self) -> int:
+        """Return for how many of the host's rows the device has room, where nobody else waits."""
+        assert self._host is not None
+        homing: list[Sequence] = []
+        if self._waiting or not self._policy.uses_device_lane:
+            return 0
+        for sequence in self._host.sequences:
+            if not self._device.has_row(homing) or not self._device.has_pages(sequence, homing):
+                break
+            homing.append(sequence)
+        return len(homing)
 
     def _start_move(self, sequence: Sequence, direction: Direction) -> Move:
         assert self._host is not None
