@@ -76,6 +76,8 @@ class Adaptive:
                 self._policy = self._at_rest
             case "pipelining":
                 self._policy = AsymmetricPipelining(self._times)
+            case "pipelining_all":
+                self._policy = AsymmetricPipelining(self._times, takes_all=True)
             case _:
                 self._policy = Merging(
                     choice.cohorts,
@@ -99,6 +101,12 @@ class Apex(Adaptive):
         self._max_host_tpot_sec = max_host_tpot_sec
         self._seen: tuple[int, ...] = ()
         self._num_sweeps = 0
+
+    def predict(self, demand: Demand, max_rows: int) -> Prediction:
+        """Return the prediction of what would be chosen for a steady state."""
+        device_only = self._predictor.device_only(demand)
+        best = max(self._candidates(demand, max_rows), key=_worth, default=device_only)
+        return best if best.rate > (1 + MIN_GAIN) * device_only.rate else device_only
 
     def consider(self, load: Load) -> None:
         num_host, num_tokens = _host_rows(load)
@@ -148,9 +156,10 @@ class Apex(Adaptive):
         if not demand.host_rows:
             return []
         found: list[Prediction] = []
-        pipelined = self._predictor.pipelining(demand, max_rows)
-        if pipelined.host_rows and self._is_allowed(pipelined):
-            found.append(pipelined)
+        for takes_all in (False, True):
+            pipelined = self._predictor.pipelining(demand, max_rows, takes_all=takes_all)
+            if pipelined.host_rows and self._is_allowed(pipelined):
+                found.append(pipelined)
         for cohorts in range(1, min(MAX_COHORTS, demand.host_rows) + 1):
             ways = self._ways(cohorts, demand, max_rows)
             allowed = [one for one in ways if self._is_allowed(one)]
@@ -199,39 +208,46 @@ class ApexPaper(Adaptive):
         super().__init__(times, layers_per_program)
         self._min_host_rows = min_host_rows
 
+    def predict(self, demand: Demand, max_rows: int) -> Prediction:
+        """Return the prediction of what would be chosen for a steady state without prompts."""
+        return self._choose(demand, max_rows, 0)[0]
+
     def consider(self, load: Load) -> None:
         num_host, num_tokens = _host_rows(load)
         row_tokens = num_tokens / num_host if num_host else 0.0
         demand = Demand(load.num_settled_rows, load.num_settled_tokens, num_host, row_tokens)
         device_only = self._predictor.device_only(demand)
-        best, reason = device_only, f"fewer than {self._min_host_rows} requests in the host lane"
-        if num_host >= self._min_host_rows:
-            best, reason = self._choose(load, demand, device_only)
+        best, reason = self._choose(demand, load.max_rows, load.num_prompt_tokens)
         if best.choice != (self.decision.best.choice if self.decision else None):
             self._use(best.choice)
         self.decision = Decision(demand, best, device_only, (best,), reason)
 
     def _choose(
-        self, load: Load, demand: Demand, device_only: Prediction
+        self, demand: Demand, max_rows: int, num_prompt_tokens: int
     ) -> tuple[Prediction, str]:
-        times, rows = self._times, max(1, load.num_settled_rows)
+        device_only = self._predictor.device_only(demand)
+        host_rows = demand.host_rows
+        if host_rows < self._min_host_rows:
+            return device_only, f"fewer than {self._min_host_rows} requests in the host lane"
+        times, rows = self._times, max(1, demand.device_rows)
         linear_sec = times.linear(rows)
-        attention_sec = times.device_attention(rows, load.num_settled_tokens)
+        attention_sec = times.device_attention(rows, demand.device_tokens)
         # One of the two linear passes is the prompts', where there are any.
-        overlap_sec = times.linear(load.num_prompt_tokens or rows) + linear_sec + attention_sec
-        host_sec = times.host_attention(demand.host_rows, _host_rows(load)[1]) / demand.host_rows
+        overlap_sec = times.linear(num_prompt_tokens or rows) + linear_sec + attention_sec
+        host_tokens = round(host_rows * demand.host_row_tokens)
+        host_sec = times.host_attention(host_rows, host_tokens) / host_rows
         # N_G / N_C, with N_G = rows / attention_sec and N_C = 1 / host_sec.
         ratio = rows * host_sec / attention_sec if attention_sec else float("inf")
         limit = overlap_sec * (overlap_sec - linear_sec) / max(linear_sec * attention_sec, 1e-30)
         if ratio < limit:
-            piped = self._predictor.pipelining(demand, load.max_rows)
+            piped = self._predictor.pipelining(demand, max_rows)
             return (
                 piped._replace(choice=Choice("pipelining", 2, None, piped.choice.cohort_rows)),
                 f"equation 6: N_G / N_C = {ratio:.3g} is below {limit:.3g}",
             )
-        window_sec = device_only.sweep_sec - 2 * times.transfer(num_rows=demand.host_rows)
+        window_sec = device_only.sweep_sec - 2 * times.transfer(num_rows=host_rows)
         cohort_rows = max(1, self._predictor.rows_within(window_sec, demand))
-        choice = Choice("merging", 1, 1, min(load.max_rows, cohort_rows))
+        choice = Choice("merging", 1, 1, min(max_rows, cohort_rows))
         return (
             self._predictor.merging(demand, choice),
             f"equation 6: N_G / N_C = {ratio:.3g} is not below {limit:.3g}",

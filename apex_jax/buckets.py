@@ -22,6 +22,7 @@ NUM_SIZES = 4  # of blocks by row bucket, and of context
 # the longest, so these sizes begin low and lie closer.
 MIN_TRANSIT_PAGES = 8
 NUM_TRANSIT_SIZES = 5
+MIN_ENTRIES = 256
 MIN_ROWS = 2  # one row alone would take another matmul path on XLA's CPU, with other rounding
 # A decode block is a few pages of one row: its partial sums must cost little beside reading them.
 PAGES_PER_BLOCK = 8
@@ -121,6 +122,17 @@ class Buckets:
         into_and_out_of_layers = 2 * len(self.rows) + len(self.boundaries)
         pages = len(self.host.staging_pages) + 2 * len(self.host.move_pages)
         return count + attention + joint_heads + into_and_out_of_layers + pages
+
+
+def entry_bucket(num_entries: int) -> int:
+    """Return how many changes of scores a head takes that has so many, or fewer: a power of 4.
+
+    Each size is compiled when it is first needed: few sizes matter more than what padding costs.
+    """
+    size = MIN_ENTRIES
+    while size < num_entries:
+        size *= 4
+    return size
 
 
 def smallest_that_holds(buckets: Iterable[int], size: int) -> int:

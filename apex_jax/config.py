@@ -147,9 +147,14 @@ class SchedulerConfig:
         return self.strategy != "device_only"
 
     @property
+    def chooses(self) -> bool:
+        """Whether the strategy chooses a schedule each sweep."""
+        return self.strategy in ("apex", "apex_paper")
+
+    @property
     def predicts(self) -> bool:
         """Whether the strategy goes by stage times."""
-        return self.strategy in ("apex", "apex_paper", "asymmetric_pipelining")
+        return self.chooses or self.strategy == "asymmetric_pipelining"
 
     @property
     def max_running(self) -> int:
@@ -199,7 +204,8 @@ class CompileConfig:
     """cache_dir: folder that keeps compiled programs between runs; empty for none.
 
     layers_per_program: decoder layers compiled into one program; None picks a divisor of the layer
-        count, so that a deep model compiles a few layers once and runs them several times.
+        count, so that a deep model compiles a few layers once and runs them several times; with a
+        host lane a smaller one.
     """
 
     cache_dir: str = "~/.cache/apex_jax/xla"
@@ -301,6 +307,12 @@ def validate(config: Config) -> None:
     platform = config.device.platform
     _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
     _validate_host(config.host)
+    _require(
+        scheduler.predicts or not config.profile.recalibrate,
+        "profile.recalibrate",
+        True,
+        f"left out: {scheduler.strategy} goes by no stage times",
+    )
     span = config.compile.layers_per_program
     _require(span is None or span > 0, "compile.layers_per_program", span, "positive")
 

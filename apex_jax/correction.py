@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from apex_jax.cost_model import PromptWork, Times
 
 NUM_SWEEPS = 15  # that a factor rests on: a lasting change is the majority after eight
-MIN_SWEEPS = 5  # before a factor is anything but 1
+MIN_SWEEPS = 9  # before a factor is anything but 1: of five, three may well be odd ones
 MAX_STEP = math.log(1.5)  # a sweep: three times as slow is followed in three steps
 DEAD_BAND = math.log(1.05)  # the least error that is worth a step
 # A median's standard error is 1.25 sigma / sqrt(n), and sigma 1.48 times the median deviation.

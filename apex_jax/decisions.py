@@ -35,11 +35,6 @@ class DecisionRecord:
         self._end_sec: float | None = None
         self._errors: deque[float] = deque(maxlen=NUM_ERRORS)
 
-    @property
-    def has_decisions(self) -> bool:
-        """Whether the strategy is one that chooses."""
-        return self._policy is not None
-
     def planned(self, plan: SweepPlan) -> None:
         """Note what is in force for a sweep that is about to be launched."""
         decision = self._policy.decision if self._policy is not None else None

@@ -9,6 +9,7 @@ Points: a token of a cohort passes points 0 to L. Point 0 embeds it and enters l
 samples. Between two points lies the host's attention of one layer. Imports no jax.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,9 +44,14 @@ from apex_jax.plan import (
     HostPrefillBatch,
     Move,
     PrefillBatch,
+    Sampled,
     SweepPlan,
+    join_sampled,
 )
 from apex_jax.policies import Action, CohortView, Policy
+from apex_jax.under_way import StageQueue, Transit
+
+AT_ONCE = -math.inf  # a deadline that has passed on every clock
 
 
 class StuckError(RuntimeError):
@@ -127,10 +133,7 @@ class Dispatch:
     """The loop over one backend.
 
     layers_per_program: of the Layers stage; it divides num_layers. watchdog_sec: how long anything
-    may take before the job is failed. transit_sizes: numbers of pages that transfers are padded to,
-    in ascending order; none for no padding. max_transit_pages: pages of a layer on their way
-    between the lanes at once, because their copies take device memory; one batch of more goes
-    alone.
+    may take before the job is failed. max_transit_pages, transit_sizes: of the Transit.
     """
 
     def __init__(
@@ -148,12 +151,11 @@ class Dispatch:
         self._backend, self._policy = backend, policy
         self._num_layers, self._span = num_layers, layers_per_program
         self._watchdog_sec = watchdog_sec
-        self._max_transit_pages, self._transit_sizes = max_transit_pages, transit_sizes
         self._cohorts: dict[int, _Cohort] = {}
         self._moves: list[_Moving] = []
-        self._transit: deque[tuple[int, Handle]] = deque()
+        self._transit = Transit(max_transit_pages, transit_sizes, self._is_ready)
         self._host_prefill: list[Handle] = []  # the group's hidden states, a handle a chunk
-        self._queue: deque[Handle] = deque()  # device stages not known to have ended
+        self._queue = StageQueue(self._is_ready)
         self._last: Handle | None = None
 
     # The two verbs of the engine
@@ -166,7 +168,7 @@ class Dispatch:
         """
         sweep = _Sweep()
         self._last = None
-        self._queue_depth()  # forgets what has ended
+        self._queue.depth()  # forgets what has ended
         for cohort_id in plan.dropped_cohorts:
             del self._cohorts[cohort_id]
         for batch in plan.cohorts:
@@ -188,9 +190,9 @@ class Dispatch:
             is_prefilling = plan.prefill is not None or plan.host_prefill is not None
             self._advance_alone(sweep, [self._last] if is_prefilling and self._last else [])
         elif self._last is None:
-            self._forget_arrived()
-            if self._transit:
-                self._wait([handle for _, handle in self._transit])
+            self._transit.forget_arrived()
+            if self._transit.handles:
+                self._wait(self._transit.handles)
         return SweepHandle(
             plan.sweep_id,
             self._last,
@@ -199,8 +201,8 @@ class Dispatch:
             tuple(sweep.finished_moves),
         )
 
-    def read(self, sweep: SweepHandle) -> Int32[np.ndarray, "b"]:
-        """Wait for the sweep and return its sampled tokens, in the order of its heads.
+    def read(self, sweep: SweepHandle) -> Sampled:
+        """Wait for the sweep and return what it sampled, in the order of its heads.
 
         Raises StuckError after the watchdog's time.
         """
@@ -211,8 +213,7 @@ class Dispatch:
                     f"sweep {sweep.sweep_id} did not complete within {self._watchdog_sec:g} s; "
                     f"{self.describe()}"
                 )
-        tokens = [head.read() for head in sweep.heads]
-        return np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+        return join_sampled([head.read() for head in sweep.heads])
 
     def describe(self) -> str:
         """Return where everything stands, in a line, for error messages."""
@@ -337,14 +338,14 @@ class Dispatch:
                 num_extra_passes=cohort.num_extra_passes,
                 can_merge=can_merge,
                 is_ready=is_ready,
-                queue_depth=0 if is_ready else self._queue_depth(),
+                queue_depth=0 if is_ready else self._queue.depth(),
             )
             action = self._policy.at_boundary(boundary, view)
             if action is not Action.WAIT:
                 assert view.is_ready or action is Action.SKIP
                 assert can_merge or action is not Action.MERGE
                 return action
-            self._wait([cohort.handle, *self._all_but_one()])
+            self._wait([cohort.handle, *self._queue.all_but_one()])
 
     def _enter(self) -> None:
         """Let cohorts begin their token: embed it and enter layer 0."""
@@ -428,10 +429,11 @@ class Dispatch:
             self._host_prefill[index] = x
             if index == num_chunks - 1:
                 while not self._has_transit_room(len(part.host_pages_i)):
-                    self._wait([self._transit[0][1]])
+                    self._wait(self._transit.handles[:1])
                 self._to_host(layer, part.staging_pages_i, part.host_pages_i, from_staging=True)
-        if part.head is not None:
-            sweep.heads += self._enqueue(Head((part.head,)), self._host_prefill[-1])
+        for index, head in part.heads:
+            sweep.heads += self._enqueue(Head((head,)), self._host_prefill[index])
+        if part.heads:
             self._host_prefill = []
 
     def _to_host(
@@ -444,21 +446,12 @@ class Dispatch:
     ) -> None:
         (exported,) = self._enqueue(Export(layer, device_pages_i, from_staging=from_staging))
         written = self._backend.submit_host(WritePages(layer, host_pages_i), exported)
-        self._transit.append((self._padded(len(host_pages_i)), written))
+        self._transit.set_out(len(host_pages_i), written)
 
     def _has_transit_room(self, num_pages: int) -> bool:
         """Whether so many pages of a layer may set out."""
-        self._queue_depth()  # forgets exports that have ended: their handles hold copies
-        self._forget_arrived()
-        num_under_way = sum(count for count, _ in self._transit) + self._padded(num_pages)
-        return not self._transit or num_under_way <= self._max_transit_pages
-
-    def _padded(self, num_pages: int) -> int:
-        return next((size for size in self._transit_sizes if size >= num_pages), num_pages)
-
-    def _forget_arrived(self) -> None:
-        while self._transit and self._is_ready(self._transit[0][1]):
-            self._transit.popleft()
+        self._queue.depth()  # forgets exports that have ended: their handles hold copies
+        return self._transit.has_room(num_pages)
 
     def _carry_moves(self, sweep: _Sweep) -> None:
         """Take moves as far as they can go without waiting."""
@@ -481,7 +474,7 @@ class Dispatch:
                     job = ReadPages(moving.next_layer, move.host_pages_i)
                     was_read = self._backend.submit_host(job)
                     moving.under_way.append((moving.next_layer, was_read))
-                    self._transit.append((self._padded(num_pages), was_read))
+                    self._transit.set_out(num_pages, was_read)
                     moving.next_layer += 1
             if moving.next_layer == self._num_layers and not moving.under_way:
                 self._moves.remove(moving)
@@ -497,20 +490,7 @@ class Dispatch:
         return handles
 
     def _is_ready(self, handle: Handle) -> bool:
-        return self._backend.wait_any([handle], self._backend.now()) is not None
-
-    def _queue_depth(self) -> int:
-        """Return how many stages the device has left to end, as far as is known."""
-        while self._queue and self._is_ready(self._queue[0]):
-            self._queue.popleft()
-        return len(self._queue)
-
-    def _all_but_one(self) -> tuple[Handle, ...]:
-        """Return the stage whose end leaves the device one stage; none where it has no more."""
-        if len(self._queue) < 2:
-            return ()
-        # A CPU may end independent stages out of order: then it is the oldest that counts.
-        return (self._queue[0] if self._is_ready(self._queue[-2]) else self._queue[-2],)
+        return self._backend.wait_any((handle,), AT_ONCE) is not None
 
     def _wait(self, handles: Sequence[Handle]) -> Handle:
         deadline_sec = self._backend.now() + self._watchdog_sec

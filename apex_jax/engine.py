@@ -18,30 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from apex_jax import buckets, kv_cache
+from apex_jax import kv_cache
 from apex_jax.backends.completions import Completions
-from apex_jax.backends.host_lane import HostLane, load_host_op
+from apex_jax.backends.host_lane import HostLane
 from apex_jax.backends.host_programs import HostPrograms, choose_host_device
 from apex_jax.backends.xla import XlaBackend
-from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus, validate
+from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus
 from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
-from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs, plan_memory
+from apex_jax.engine_plan import EnginePlan
+from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs
 from apex_jax.models import weights
-from apex_jax.models.hf_config import ModelFolder, read_model_folder
 from apex_jax.monitor import StageMonitor
 from apex_jax.ops import native_library
-from apex_jax.ops.native_library import HostOp
-from apex_jax.placement import choose_device, choose_dtype, describe_plan, format_size
-from apex_jax.profile_batches import Capacity
-from apex_jax.profile_table import make_key
+from apex_jax.placement import format_size
 from apex_jax.profiler import Profiler
-from apex_jax.programs import Programs, span_of_layers
+from apex_jax.programs import Programs
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
-from apex_jax.strategies import cohort_rows, make_policy
+from apex_jax.strategies import make_policy
 from apex_jax.timeline import Timeline
 
 REPORT_SEC = 2.0
@@ -110,36 +106,25 @@ class Engine:
         timeline: Timeline | None = None,
     ) -> "Engine":
         """Load the model, take its memory, compile; ConfigError says what cannot be had."""
-        validate(config)
+        plan = EnginePlan.create(config)
+        config, device, memory = plan.config, plan.device, plan.memory
+        folder, architecture, dtype = plan.folder, plan.architecture, plan.dtype
         timeline = Timeline() if timeline is None else timeline
-        device = choose_device(config.device.platform)
-        folder = _read_folder(config)
-        architecture = folder.architecture if folder else config.model.architecture
-        assert architecture is not None  # validate() has seen to it
-        capability = getattr(device, "compute_capability", None)
-        dtype = choose_dtype(config.model.dtype, folder.dtype if folder else None, capability)
-        memory = plan_memory(config, architecture, dtype, device)
         if config.compile.cache_dir:
             _use_cache(Path(config.compile.cache_dir).expanduser())
-
         has_host = config.scheduler.has_host_lane
-        shapes = _choose_buckets(config, memory)
-        host_op = load_host_op(config.host) if has_host else None
         host_device = choose_host_device(device) if has_host else None
-        on_progress(
-            describe_plan(
-                config, folder, architecture, dtype, memory, shapes, device, host_op=host_op
-            )
-        )
+        on_progress(plan.describe())
         programs = Programs(
             architecture,
             dtype=dtype,
-            buckets=shapes,
+            buckets=plan.shapes,
             num_pages=memory.num_pages,
             num_slots=config.scheduler.max_running,
-            num_layers=span_of_layers(architecture.num_layers, config.compile.layers_per_program),
+            num_layers=plan.layers_per_program,
             device=device,
             precision=config.model.precision,
+            on_late=on_progress,
         )
         setup_sec: dict[str, float] = {}
         start_sec = time.perf_counter()
@@ -166,11 +151,7 @@ class Engine:
         jax.block_until_ready((loaded, pages, staging))
         workers = Workers(
             Completions(timeline.span),
-            None
-            if host_device is None
-            else _make_host_lane(
-                architecture, dtype, memory, shapes, device, host_device, config, timeline
-            ),
+            None if host_device is None else _make_host_lane(plan, host_device, timeline),
         )
         setup_sec["load"] = time.perf_counter() - start_sec
 
@@ -184,9 +165,7 @@ class Engine:
             host_lane=workers.host_lane,
             staging=staging,
         )
-        profiler = _make_profiler(
-            backend, programs, memory, architecture, dtype, device, config, host_op
-        )
+        profiler = Profiler(backend, plan.shapes, plan.capacity, plan.profile_key())
         monitor = None
         if config.scheduler.predicts:
             times = profiler.times(config.profile, on_progress)
@@ -197,7 +176,7 @@ class Engine:
         )
         timeline.forget()  # what was measured is no part of the job
         scheduler = Scheduler(
-            buckets=shapes,
+            buckets=plan.shapes,
             num_layers=architecture.num_layers,
             num_pages=memory.num_pages,
             max_requests=config.scheduler.max_requests,
@@ -215,7 +194,7 @@ class Engine:
             layers_per_program=programs.num_layers,
             watchdog_sec=config.scheduler.watchdog_sec,
             max_transit_pages=MAX_TRANSIT_PAGES,
-            transit_sizes=shapes.host.transit_pages if shapes.host else (),
+            transit_sizes=plan.shapes.host.transit_pages if plan.shapes.host else (),
         )
         model = LoadedModel(
             name=folder.path.name if folder else "dummy",
@@ -290,6 +269,10 @@ class Engine:
             f"each, ready in {self._setup_sec['compile']:.1f} s, scratch "
             f"{format_size(programs.temp_bytes)}; weights in {self._setup_sec['load']:.1f} s"
         )
+
+    def log_decisions(self, on_decision: Callable[[dict[str, Any]], None]) -> None:
+        """Hand each sweep's decision on, as JSON values, where the strategy chooses."""
+        self.decisions.on_decision = on_decision
 
     def metrics(self) -> dict[str, Any]:
         """Return figures of the run so far, as JSON values; bytes and seconds as named."""
@@ -385,100 +368,35 @@ class Engine:
     def _commit_previous(self) -> list[RequestOutput]:
         if self._previous is None:
             return []
-        tokens_b = self._dispatch.read(self._previous)
+        sampled = self._dispatch.read(self._previous)
         self._previous = None
         start_sec = time.perf_counter()
-        outputs = self._scheduler.commit(tokens_b, start_sec)
+        outputs = self._scheduler.commit(sampled, start_sec)
         self.decisions.swept(start_sec)
         self._timeline.span("scheduler", "commit", start_sec, time.perf_counter())
         return outputs
 
 
-def _choose_buckets(config: Config, memory: MemoryPlan) -> buckets.Buckets:
-    """Return the shapes to compile for what the memory holds."""
-    limits = None
-    if memory.num_host_pages:
-        limits = buckets.HostLimits(
-            max_cohort_rows=cohort_rows(config.scheduler),
-            num_staging_pages=memory.num_staging_pages,
-            max_move_pages=min(memory.num_staging_pages, memory.num_pages),
-        )
-    return buckets.choose(
-        max_requests=config.scheduler.max_requests,
-        max_prefill_tokens=config.scheduler.max_prefill_tokens,
-        max_model_len=memory.max_model_len,
-        num_pages=memory.num_pages,
-        page_size=memory.page_size,
-        host=limits,
-    )
-
-
-def _make_host_lane(
-    architecture: LlamaConfig,
-    dtype: np.dtype,
-    memory: MemoryPlan,
-    shapes: buckets.Buckets,
-    device: jax.Device,
-    host_device: jax.Device,
-    config: Config,
-    timeline: Timeline,
-) -> HostLane:
+def _make_host_lane(plan: EnginePlan, host_device: jax.Device, timeline: Timeline) -> HostLane:
     """Take the host's memory, compile the host's programs and start its worker."""
-    assert shapes.host is not None
+    memory, shapes = plan.memory, plan.shapes.host
+    assert shapes is not None
     programs = HostPrograms(
-        architecture,
-        dtype=dtype,
+        plan.architecture,
+        dtype=plan.dtype,
         num_pages=memory.num_host_pages,
         page_size=memory.page_size,
         max_sequence_pages=memory.num_staging_pages,
-        rows=shapes.host.cohort_rows,
-        written_pages=shapes.host.transit_pages,
-        read_pages=shapes.host.move_pages,
+        rows=shapes.cohort_rows,
+        written_pages=shapes.transit_pages,
+        read_pages=shapes.move_pages,
         device=host_device,
     )
     if timeline.is_tracing:
         native_library.record(THREAD_SPANS)
         timeline.watch_threads(native_library.take_spans)
-    cpus = parse_cpus(config.host.cpus)
-    return HostLane(programs, device, on_span=timeline.span, cpus=cpus)
-
-
-def _make_profiler(
-    backend: XlaBackend,
-    programs: Programs,
-    memory: MemoryPlan,
-    architecture: LlamaConfig,
-    dtype: np.dtype,
-    device: jax.Device,
-    config: Config,
-    host_op: HostOp | None,
-) -> Profiler:
-    """Return what measures this engine; without a host lane nothing asks it to."""
-    capacity = Capacity(
-        num_layers=architecture.num_layers,
-        span=programs.num_layers,
-        num_pages=memory.num_pages,
-        num_host_pages=memory.num_host_pages,
-        max_model_len=memory.max_model_len,
-    )
-    key = make_key(
-        device=device.device_kind,
-        model=architecture,
-        dtype=dtype.name,
-        precision=config.model.precision,
-        isa=host_op.isa if host_op else "",
-        num_threads=host_op.num_threads if host_op else 0,
-        cpus=host_op.cpus if host_op else (),
-        shapes=programs.buckets,
-        capacity=capacity,
-    )
-    return Profiler(backend, programs.buckets, capacity, key)
-
-
-def _read_folder(config: Config) -> ModelFolder | None:
-    if not config.model.path:
-        return None
-    return read_model_folder(config.model.path, config.model.architecture)
+    cpus = parse_cpus(plan.config.host.cpus)
+    return HostLane(programs, plan.device, on_span=timeline.span, cpus=cpus)
 
 
 def _use_cache(folder: Path) -> None:

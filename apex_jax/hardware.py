@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int32
 
-from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
+from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch, Sampled
 
 # Device stages; `cohort_id` names the cohort that a stage serves, alone or beside the device's rows
 
@@ -155,8 +155,8 @@ def _name_of_kind(kind: type) -> str:
 class Handle(Protocol):
     """What a stage or job will yield; it may be an operand long before it is ready."""
 
-    def read(self) -> Int32[np.ndarray, "b"]:
-        """Return the sampled tokens of a Head stage, in its batch's order; waits for them."""
+    def read(self) -> Sampled:
+        """Return what a Head stage chose, in its batch's order; waits for it."""
         ...
 
 

@@ -40,7 +40,10 @@ def choose_group(
 
 
 class PromptGroup:
-    """Sequences that prefill together for the host; their host pages are there already."""
+    """Sequences that prefill together for the host; their host pages are there already.
+
+    chunks: of all of them, in order.
+    """
 
     def __init__(
         self,
@@ -57,8 +60,8 @@ class PromptGroup:
         firsts = np.cumsum([0, *counts[:-1]])
         # Entries past a row's pages are unspecified, so its neighbour's may stand there.
         table_bm = (firsts[:, None] + np.arange(max(counts))).astype(np.int32)
-        self._chunks = tuple(_cut(sequences, chunk_tokens, table_bm, page_size))
-        self._num_units = num_layers * len(self._chunks)
+        self.chunks = tuple(_cut(sequences, chunk_tokens, table_bm, page_size))
+        self._num_units = num_layers * len(self.chunks)
         self._next_unit = 0
 
     def take(self, budget: int) -> tuple[int, int]:
@@ -68,7 +71,7 @@ class PromptGroup:
         """
         first = self._next_unit
         while self._next_unit < self._num_units:
-            budget -= self._chunks[self._next_unit % len(self._chunks)].token_ids_bt.size
+            budget -= self.chunks[self._next_unit % len(self.chunks)].token_ids_bt.size
             if budget < 0 and self._next_unit > first:
                 break
             self._next_unit += 1
@@ -79,9 +82,11 @@ class PromptGroup:
         """Whether all units have been taken."""
         return self._next_unit == self._num_units
 
-    def batch(self, units: tuple[int, int], head: HeadBatch | None) -> HostPrefillBatch:
+    def batch(
+        self, units: tuple[int, int], heads: tuple[tuple[int, HeadBatch], ...]
+    ) -> HostPrefillBatch:
         return HostPrefillBatch(
-            self._chunks, *units, self._staging_pages_i, self._host_pages_i, head
+            self.chunks, *units, self._staging_pages_i, self._host_pages_i, heads
         )
 
 

@@ -6,9 +6,8 @@ exists. Called by programs.py.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,11 @@ from apex_jax import kv_cache, stages
 from apex_jax.buckets import PAGES_PER_BLOCK, Buckets, HostBuckets
 from apex_jax.config import LlamaConfig
 from apex_jax.models import weights
-from apex_jax.packing import DecodeArrays, PrefillArrays
+from apex_jax.packing import DecodeArrays, ModifierArrays, PrefillArrays
 
 
-@dataclass(frozen=True)
-class ProgramKey:
-    """A stage and the bucket it is compiled for."""
+class ProgramKey(NamedTuple):
+    """A stage and the bucket it is compiled for; a dataclass takes ten times as long to look up."""
 
     stage: str
     shape: tuple[int, ...]
@@ -55,7 +53,9 @@ class Lowering:
         self._sharding = jax.sharding.SingleDeviceSharding(device)
         self._precision = None if precision == "default" else precision
         self._weights = weights.abstract(model, dtype)
-        self._graph, self._norm_graph = weights.graphs(model, dtype)
+        _, self._norm_graph = weights.graphs(model, dtype)
+        self._make_layer = weights.layer_maker(model, dtype)
+        self._layer = tuple(jax.tree.leaves(self._weights.layers[0]))
         self._pages = self._abstract_pages(num_pages)
         self._tokens_by_slot = _ints(num_slots)
 
@@ -81,9 +81,9 @@ class Lowering:
             yield self._trace("embed_decode", (rows,), embed_decode, *arguments)
 
     def _layers(self) -> Iterator[Traced]:
-        layers = self._weights.layers[: self._num_layers]
+        layers = self._layer * self._num_layers
         pages = (self._pages,) * self._num_layers
-        decode = jax.jit(partial(stages.layers_decode, self._graph), donate_argnums=1)
+        decode = jax.jit(partial(stages.layers_decode, self._make_layer), donate_argnums=1)
         for rows, blocks, arrays in self._decode_batches():
             arguments = (layers, pages, self._floats(rows, self._model.d_model), arrays)
             yield self._trace("layers_decode", (rows, blocks), decode, *arguments)
@@ -95,37 +95,67 @@ class Lowering:
             yield from self._head(rows)
 
     def _head(self, rows: int) -> Iterator[Traced]:
-        own = self._weights.output
-        output_vd = self._weights.embedding if own is None else own
-        x_bd, packed_b8 = self._floats(rows, self._model.d_model), _ints(rows, 8)
         for name, is_greedy in (("head_greedy", True), ("head_sample", False)):
             function = jax.jit(
                 partial(stages.head, self._norm_graph, is_greedy=is_greedy), donate_argnums=2
             )
-            arguments = (self._weights.norm, output_vd, self._tokens_by_slot, x_bd, packed_b8)
-            yield self._trace(name, (rows,), function, *arguments)
+            yield self._trace(name, (rows,), function, *self._head_arguments(rows))
+
+    def late(self, key: ProgramKey) -> jax.stages.Lowered:
+        """Trace a stage that few jobs need.
+
+        head_modified, head_logprobs: by rows and entries. prompt_logprobs: by the chunk's shape.
+        """
+        if key.stage == "prompt_logprobs":
+            return self._prompt_logprobs(key)
+        rows, num_entries = key.shape
+        function = jax.jit(
+            partial(
+                stages.modified_head,
+                self._norm_graph,
+                with_logprobs=key.stage == "head_logprobs",
+            ),
+            donate_argnums=2,
+        )
+        modifiers = ModifierArrays(_ints(rows, 4), _ints(num_entries, 6))
+        arguments = (*self._head_arguments(rows), modifiers)
+        return self._trace(key.stage, key.shape, function, *arguments)[1]
+
+    def _prompt_logprobs(self, key: ProgramKey) -> jax.stages.Lowered:
+        # As many tokens at once as the largest head has rows: no more scratch than that takes.
+        score = partial(stages.prompt_logprobs, self._norm_graph, self._buckets.rows[-1])
+        norm, output_vd, *_ = self._head_arguments(self._buckets.rows[0])
+        x_btd, next_ids_bt = self._floats(*key.shape, self._model.d_model), _ints(*key.shape)
+        arguments = (norm, output_vd, x_btd, next_ids_bt)
+        return self._trace(key.stage, key.shape, jax.jit(score), *arguments)[1]
+
+    def _head_arguments(self, rows: int) -> tuple[Any, ...]:
+        own = self._weights.output
+        output_vd = self._weights.embedding if own is None else own
+        x_bd, packed_b9 = self._floats(rows, self._model.d_model), _ints(rows, 9)
+        return self._weights.norm, output_vd, self._tokens_by_slot, x_bd, packed_b9
 
     # With a host lane
 
     def _single_layers(self) -> Iterator[Traced]:
         """Into a layer, attention on the device, out of it, and out of one and into the next."""
-        state = self._weights.layers[0]
-        enter = jax.jit(partial(stages.pre_attention, self._graph))
-        leave = jax.jit(partial(stages.post_attention, self._graph))
+        layer = self._layer
+        enter = jax.jit(partial(stages.pre_attention, self._make_layer))
+        leave = jax.jit(partial(stages.post_attention, self._make_layer))
         for rows in self._buckets.rows:
             x_bd, attended_bnh, rows_b4 = self._boundary_rows(rows)
-            yield self._trace("pre_attention", (rows,), enter, state, x_bd, rows_b4)
-            yield self._trace("post_attention", (rows,), leave, state, x_bd, attended_bnh)
+            yield self._trace("pre_attention", (rows,), enter, layer, x_bd, rows_b4)
+            yield self._trace("post_attention", (rows,), leave, layer, x_bd, attended_bnh)
         attend = jax.jit(stages.device_attention, donate_argnums=0)
         for rows, blocks, arrays in self._decode_batches():
             heads = self._model.num_heads + 2 * self._model.num_kv_heads
             qkv_bjh = self._floats(rows, heads, self._model.head_dim)
             arguments = (self._pages, qkv_bjh, arrays)
             yield self._trace("device_attention", (rows, blocks), attend, *arguments)
-        cross = jax.jit(partial(stages.boundary, self._graph))
+        cross = jax.jit(partial(stages.boundary, self._make_layer))
         for shape in self._buckets.boundaries:
             groups = tuple(self._boundary_rows(rows) for rows in shape)
-            yield self._trace("boundary", shape, cross, state, state, groups)
+            yield self._trace("boundary", shape, cross, layer, layer, groups)
 
     def _joint_heads(self) -> Iterator[Traced]:
         place = jax.jit(stages.place, donate_argnums=0)
@@ -139,7 +169,7 @@ class Lowering:
 
     def _staged_layers(self, host: HostBuckets) -> Iterator[Traced]:
         """A layer of prefill over the staging plane; hidden states are updated in place too."""
-        layer, plane = self._weights.layers[:1], (self._abstract_pages(host.num_staging_pages),)
+        layer, plane = self._layer, (self._abstract_pages(host.num_staging_pages),)
         for shape, prefill, x_btd, arrays in self._prefill_batches(donated=(1, 2)):
             yield self._trace("staged_layer", shape, prefill, layer, plane, x_btd, arrays)
 
@@ -170,7 +200,7 @@ class Lowering:
         for rows, tokens in self._buckets.chunks:
             head_rows = self._buckets.head_rows(rows)
             prefill = jax.jit(
-                partial(stages.layers_prefill, self._graph, head_rows), donate_argnums=donated
+                partial(stages.layers_prefill, self._make_layer, head_rows), donate_argnums=donated
             )
             x_btd = self._floats(rows, tokens, self._model.d_model)
             for context in self._buckets.context_pages:

@@ -57,9 +57,9 @@ class MeasuredTimes:
 
     Shapes of the stages in `measurements`, in buckets: `embed`, `pre_attention`, `post_attention`,
     `boundary`, `head_greedy`, `head_sample`, `transfer_rows`: rows. `merged_boundary`: device's and
-    cohort's rows. `layers`, `device_attention`: rows and KV blocks. `prefill`, `staged_layer`:
-    tokens of a chunk, rows, pages of context. `device_copy`, `host_copy`, `transfer_pages`: pages.
-    `host_attention`: rows and tokens of each, not in buckets.
+    cohort's rows. `layers`, `device_attention`: rows and KV blocks. `prefill`, `staged_layer`: all
+    tokens of the chunks, rows, pages of context. `device_copy`, `host_copy`, `transfer_pages`:
+    pages. `host_attention`: rows and tokens of each, not in buckets.
     """
 
     def __init__(
@@ -159,7 +159,8 @@ class MeasuredTimes:
             if tokens == prompts.num_tokens and rows >= prompts.num_rows
         ]
         padded_rows = min(rows, default=prompts.num_rows)
-        return prompts.num_tokens, padded_rows, _pad(context, self._shapes.context_pages)
+        num_tokens = padded_rows * prompts.num_tokens
+        return num_tokens, padded_rows, _pad(context, self._shapes.context_pages)
 
     def _pages(self, num_tokens: int) -> int:
         return _pad(self._pages_of(num_tokens), self._host.move_pages)

@@ -8,16 +8,18 @@ rows carry slots and page ids past the end, which scatters drop.
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from apex_jax.buckets import PAGES_PER_BLOCK
+from apex_jax.modifiers import NUM_ENTRY_FIELDS, ModifierBatch, join_modifiers
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
-from apex_jax.sampling import SamplingRows
+from apex_jax.request import TokenLogprobs
+from apex_jax.sampling import Logprobs, ModifierEntries, ModifierRows, SamplingRows
 
 
 class DecodeArrays(NamedTuple):
@@ -40,6 +42,17 @@ class PrefillArrays(NamedTuple):
 
     tokens_bt: Int32[Array, "b t"]
     rows_bi: Int32[Array, "b i"]
+
+
+class ModifierArrays(NamedTuple):
+    """What changes the scores of a head's rows, on the device.
+
+    rows_b4: penalties (presence, frequency, repetition) and whether the row's last token is yet to
+    be counted. entries_e6: those of modifiers.ENTRY; padding belongs to no row.
+    """
+
+    rows_b4: Int32[Array | np.ndarray, "b 4"]
+    entries_e6: Int32[Array | np.ndarray, "e 6"]
 
 
 def num_blocks(batch: DecodeBatch, block_tokens: int) -> int:
@@ -107,10 +120,10 @@ def unpack_prefill_targets(
     return positions_bt, pages_bt, positions_bt % page_size
 
 
-def pack_head(batch: HeadBatch, *, rows: int) -> Int32[np.ndarray, "b 8"]:
+def pack_head(batch: HeadBatch, *, rows: int) -> Int32[np.ndarray, "b 9"]:
     """Spread the sampled rows over `rows` rows of hidden states; the others sample nothing."""
-    packed_b8 = np.zeros((rows, 8), np.int32)
-    packed_b8[:, 0] = np.iinfo(np.int32).max
+    packed_b9 = np.zeros((rows, 9), np.int32)
+    packed_b9[:, 0] = np.iinfo(np.int32).max
     columns = (
         batch.slots_b,
         batch.positions_b,
@@ -118,11 +131,12 @@ def pack_head(batch: HeadBatch, *, rows: int) -> Int32[np.ndarray, "b 8"]:
         np.zeros_like(batch.slots_b),  # sample index: one sample per request in this version
         batch.temperatures_b.view(np.int32),
         batch.top_ps_b.view(np.int32),
+        batch.min_ps_b.view(np.int32),
         batch.seeds_b2[:, 0].view(np.int32),
         batch.seeds_b2[:, 1].view(np.int32),
     )
-    packed_b8[batch.rows_b] = np.stack(columns, axis=1)
-    return packed_b8
+    packed_b9[batch.rows_b] = np.stack(columns, axis=1)
+    return packed_b9
 
 
 def join_heads(batches: Sequence[HeadBatch]) -> tuple[HeadBatch, tuple[int, ...], int]:
@@ -131,15 +145,64 @@ def join_heads(batches: Sequence[HeadBatch]) -> tuple[HeadBatch, tuple[int, ...]
     Of a group only the rows up to the last that is sampled have a place: the rest may be
     overwritten by the next group.
     """
+    assert all(batch.prompt is None for batch in batches), "a chunk has its head to itself"
     num_rows = [int(batch.rows_b.max(initial=-1)) + 1 for batch in batches]
     *firsts, total = itertools.accumulate(num_rows, initial=0)
-    columns = {
+    columns: dict[str, Any] = {
         field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
         for field in dataclasses.fields(HeadBatch)
+        if field.name.endswith(("_b", "_b2"))
     }
     firsts_b = np.repeat(np.array(firsts, np.int32), [len(batch.rows_b) for batch in batches])
     columns["rows_b"] = columns["rows_b"] + firsts_b
-    return HeadBatch(**columns), tuple(firsts), total
+    modifiers = None
+    if any(batch.modifiers is not None for batch in batches):
+        modifiers = join_modifiers(
+            [
+                (batch.modifiers or ModifierBatch.neutral(len(batch.rows_b))).after(first)
+                for batch, first in zip(batches, firsts, strict=True)
+            ]
+        )
+    wants_logprobs = any(batch.wants_logprobs for batch in batches)
+    joint = HeadBatch(**columns, wants_logprobs=wants_logprobs, modifiers=modifiers)
+    return joint, tuple(firsts), total
+
+
+def pack_modifiers(batch: HeadBatch, *, rows: int, num_entries: int) -> ModifierArrays:
+    """Spread the changes of the sampled rows over `rows` rows, and pad their entries."""
+    modifiers = batch.modifiers or ModifierBatch.neutral(len(batch.rows_b))
+    rows_b4 = np.zeros((rows, 4), np.int32)
+    columns = (
+        modifiers.presence_penalties_b.view(np.int32),
+        modifiers.frequency_penalties_b.view(np.int32),
+        modifiers.repetition_penalties_b.view(np.int32),
+        modifiers.is_counting_b.astype(np.int32),
+    )
+    rows_b4[batch.rows_b] = np.stack(columns, axis=1)
+    entries_e6 = np.zeros((num_entries, NUM_ENTRY_FIELDS), np.int32)
+    entries_e6[:, 0] = np.iinfo(np.int32).max
+    own_e6 = modifiers.entries_e.view(np.int32).reshape(-1, NUM_ENTRY_FIELDS)
+    entries_e6[: len(own_e6)] = own_e6
+    return ModifierArrays(rows_b4, entries_e6)
+
+
+def unpack_modifiers(arrays: ModifierArrays) -> tuple[ModifierRows, ModifierEntries]:
+    """Return the penalties of each row, and the entries."""
+    presences, frequencies, repetitions, is_counting = arrays.rows_b4.T
+    rows, token_ids, counts, is_seen, biases, afters = arrays.entries_e6.T
+    return ModifierRows(
+        presence_penalties_b=_as_float(presences),
+        frequency_penalties_b=_as_float(frequencies),
+        repetition_penalties_b=_as_float(repetitions),
+        is_counting_b=is_counting != 0,
+    ), ModifierEntries(
+        rows_e=rows,
+        token_ids_e=token_ids,
+        counts_e=counts,
+        is_seen_e=is_seen != 0,
+        biases_e=_as_float(biases),
+        afters_e=afters,
+    )
 
 
 def pack_page_ids(pages_i: Int32[np.ndarray, "i"], *, size: int) -> Int32[np.ndarray, "size"]:
@@ -149,15 +212,41 @@ def pack_page_ids(pages_i: Int32[np.ndarray, "i"], *, size: int) -> Int32[np.nda
     return page_ids
 
 
-def unpack_head(packed_b8: Int[Array, "b 8"]) -> tuple[Int[Array, "b"], SamplingRows]:
+def unpack_head(packed_b9: Int[Array, "b 9"]) -> tuple[Int[Array, "b"], SamplingRows]:
     """Return the slots and the sampling parameters of each row."""
-    as_float = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)  # noqa: E731
-    slots, positions, top_ks, sample_indices, temperatures, top_ps = packed_b8.T[:6]
+    slots, positions, top_ks, sample_indices, temperatures, top_ps, min_ps = packed_b9.T[:7]
     return slots, SamplingRows(
-        temperatures_b=as_float(temperatures),
+        temperatures_b=_as_float(temperatures),
         top_ks_b=top_ks,
-        top_ps_b=as_float(top_ps),
-        seeds_b2=jax.lax.bitcast_convert_type(packed_b8[:, 6:], jnp.uint32),
+        top_ps_b=_as_float(top_ps),
+        min_ps_b=_as_float(min_ps),
+        seeds_b2=jax.lax.bitcast_convert_type(packed_b9[:, 7:], jnp.uint32),
         sample_indices_b=sample_indices,
         positions_b=positions,
     )
+
+
+def pack_logprobs(logprobs: Logprobs) -> Int32[Array, "b c"]:
+    """Return one array, for one transfer: the chosen token's, ids of the best, and theirs."""
+    as_word = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+    chosen_b, ids_bi, top_bi = logprobs
+    return jnp.concatenate([as_word(chosen_b)[:, None], ids_bi, as_word(top_bi)], axis=1)
+
+
+def unpack_logprobs(packed_bc: Int32[np.ndarray, "b c"]) -> tuple[TokenLogprobs, ...]:
+    """Return the logprobs of each row, as views."""
+    num_best = packed_bc.shape[1] // 2
+    floats_bc = packed_bc.view(np.float32)
+    return tuple(
+        TokenLogprobs(float(chosen), ids_i, top_i)
+        for chosen, ids_i, top_i in zip(
+            floats_bc[:, 0],
+            packed_bc[:, 1 : 1 + num_best],
+            floats_bc[:, 1 + num_best :],
+            strict=True,
+        )
+    )
+
+
+def _as_float(words: Int[Array, "*b"]) -> Float[Array, "*b"]:
+    return jax.lax.bitcast_convert_type(words, jnp.float32)

@@ -20,10 +20,12 @@ class AsymmetricPipelining(Fixed):
     layers in every sweep, and the device waits for them at every boundary. Who rides where, and
     whether to pipeline at all, follows the published scheduler: host rows are added as long as
     each sub-batch's host attention hides behind the device work of its turn, and the sweep is
-    pipelined if that yields more tokens per predicted second.
+    pipelined if that yields more tokens per predicted second. takes_all: not that rule, but all
+    host rows: where few device rows are in the balance, waiting for the host may pay.
     """
 
     times: Times
+    takes_all: bool = False
     max_cohorts: int = 2
     uses_device_lane: bool = True
     passes: int | None = None
@@ -37,6 +39,8 @@ class AsymmetricPipelining(Fixed):
         members = self._fill(load)
         if not members[ALONE]:
             return {}
+        if self.takes_all:
+            return {one: rows for one, rows in members.items() if rows}
         times, num_device = self.times, load.num_rows + load.num_prompt_tokens
         attention_sec = times.device_attention(load.num_rows, load.num_tokens)
         sequential_rate = load.num_rows / (times.linear(num_device) + attention_sec)
@@ -63,7 +67,7 @@ class AsymmetricPipelining(Fixed):
             members[target].append(index)
             num_tokens[target] += length
             slack = self._slack_sec(members, num_tokens, load)
-            if min(slack.values()) < 0:
+            if min(slack.values()) < 0 and not self.takes_all:
                 members[target].pop()
                 num_tokens[target] -= length
                 shortest_refused = length

@@ -4,14 +4,17 @@ Owns no device array and no policy; everything is numpy snapshots, so that a pla
 printed and compared after the scheduler's own state has moved on. Imports no jax.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt32
 
-from apex_jax.request import SamplingParams
+from apex_jax.modifiers import ModifierBatch, RowChanges
+from apex_jax.request import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,26 @@ class PrefillBatch:
 
 
 @dataclass(frozen=True)
+class PromptTargets:
+    """What follows each token of a chunk of prompts, where its logprobs are wanted.
+
+    next_ids_bt: of each row of the chunk. rows_i, lengths_i: of the rows that want them, and of how
+    many tokens.
+    """
+
+    next_ids_bt: Int32[np.ndarray, "b t"]
+    rows_i: Int32[np.ndarray, "i"]
+    lengths_i: Int32[np.ndarray, "i"]
+
+
+@dataclass(frozen=True)
 class HeadBatch:
-    """Rows of a decode or prefill batch whose next token is sampled.
+    """Rows of a decode or prefill batch whose next token is sampled; of a chunk perhaps none.
 
     rows_b: row of that batch. slots_b: where the token goes in `tokens_by_slot`.
     positions_b: index the sampled token will have; with the seed it fixes the randomness.
+    wants_logprobs: whether any row does. modifiers: what changes scores; None where nothing does.
+    prompt: of a chunk whose own tokens' logprobs are wanted.
     """
 
     rows_b: Int32[np.ndarray, "b"]
@@ -57,7 +75,11 @@ class HeadBatch:
     temperatures_b: Float32[np.ndarray, "b"]
     top_ks_b: Int32[np.ndarray, "b"]
     top_ps_b: Float32[np.ndarray, "b"]
+    min_ps_b: Float32[np.ndarray, "b"]
     seeds_b2: UInt32[np.ndarray, "b 2"]
+    wants_logprobs: bool
+    modifiers: ModifierBatch | None
+    prompt: PromptTargets | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -69,7 +91,9 @@ class HeadBatch:
         slots: Sequence[int],
         positions: Sequence[int],
         sampling: Sequence[SamplingParams],
+        changes: Sequence[RowChanges | None] | None = None,
     ) -> "HeadBatch":
+        """Return the head of some rows; `changes` where any row may have some."""
         seeds = np.array([params.seed % 2**64 for params in sampling], np.uint64)
         return HeadBatch(
             rows_b=np.array(rows, np.int32),
@@ -79,9 +103,12 @@ class HeadBatch:
             # No vocabulary is larger than an int32, so a larger k cuts nothing either.
             top_ks_b=np.array([min(params.top_k, 2**31 - 1) for params in sampling], np.int32),
             top_ps_b=np.array([params.top_p for params in sampling], np.float32),
+            min_ps_b=np.array([params.min_p for params in sampling], np.float32),
             seeds_b2=np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1)
             .astype(np.uint32)
             .reshape(-1, 2),
+            wants_logprobs=any(params.logprobs is not None for params in sampling),
+            modifiers=None if changes is None else ModifierBatch.of(rows, changes),
         )
 
 
@@ -105,7 +132,8 @@ class HostPrefillBatch:
     block tables name pages of the staging plane, which holds the KV of one layer at a time.
     A unit is one chunk in one layer, chunks within layers; this part runs units first_unit to
     end_unit - 1. staging_pages_i, host_pages_i: where the whole group's KV of a layer lies after
-    its last chunk, and where it goes. head: of the last chunk, where this part ends the group.
+    its last chunk, and where it goes. heads: where this part ends the group, those of chunks by
+    their index: of the last one, and of those before whose tokens' logprobs are wanted.
     """
 
     chunks: tuple[PrefillBatch, ...]
@@ -113,7 +141,7 @@ class HostPrefillBatch:
     end_unit: int
     staging_pages_i: Int32[np.ndarray, "i"]
     host_pages_i: Int32[np.ndarray, "i"]
-    head: HeadBatch | None
+    heads: tuple[tuple[int, HeadBatch], ...]
 
 
 class Direction(StrEnum):
@@ -148,3 +176,30 @@ class SweepPlan:
     dropped_cohorts: tuple[int, ...] = ()
     host_prefill: HostPrefillBatch | None = None
     moves: tuple[Move, ...] = ()
+
+
+class Sampled(NamedTuple):
+    """What heads chose, in the order of their rows.
+
+    logprobs: of each row whose head computed them, all that there are; empty where none did.
+    prompts: of the tokens of each row of PromptTargets.
+    """
+
+    tokens_b: Int32[np.ndarray, "b"]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompts: tuple[tuple[TokenLogprobs, ...], ...] = ()
+
+
+def join_sampled(parts: Sequence[Sampled]) -> Sampled:
+    """Return what several heads chose as one."""
+    if not parts:
+        return Sampled(np.zeros(0, np.int32))
+    logprobs: list[TokenLogprobs | None] = []
+    if any(part.logprobs for part in parts):
+        for part in parts:
+            logprobs += part.logprobs or (None,) * len(part.tokens_b)
+    return Sampled(
+        np.concatenate([part.tokens_b for part in parts]),
+        tuple(logprobs),
+        tuple(itertools.chain.from_iterable(part.prompts for part in parts)),
+    )

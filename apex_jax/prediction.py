@@ -31,8 +31,9 @@ class Demand(NamedTuple):
 class Choice(NamedTuple):
     """A schedule with its numbers.
 
-    name: device_only, merging or pipelining. cohorts: with tokens under way. passes: points that
-    each may pass per sweep; None for all. cohort_rows: the most rows of one.
+    name: device_only, merging, pipelining or (with takes_all) pipelining_all. cohorts: with tokens
+    under way. passes: points that each may pass per sweep; None for all. cohort_rows: the most rows
+    of one.
     """
 
     name: str
@@ -76,6 +77,8 @@ class Predictor:
         self._num_layers = times.num_layers
 
     def device_only(self, demand: Demand) -> Prediction:
+        if not demand.device_rows:
+            return Prediction(DEVICE_ONLY, demand.prompt_sec, 0.0)
         sweep_sec = self._device_sweep_sec(demand, 0)
         return Prediction(DEVICE_ONLY, sweep_sec, demand.device_rows / sweep_sec)
 
@@ -135,11 +138,11 @@ class Predictor:
             host_busy,
         )
 
-    def pipelining(self, demand: Demand, max_rows: int) -> Prediction:
+    def pipelining(self, demand: Demand, max_rows: int, *, takes_all: bool = False) -> Prediction:
         """Two cohorts, one with the device's rows and one between them; the device waits.
 
         As AsymmetricPipelining fills them: each cohort's attention hides behind the device's work
-        for the other; device_only where that yields no more.
+        for the other, device_only where that yields no more; or (takes_all) with all host rows.
         """
         times = self._times
         if not demand.device_rows:
@@ -154,15 +157,16 @@ class Predictor:
             riding = min(most_together, max(0, demand.host_rows - most_alone), max_rows)
             most_alone = self.rows_within(times.linear(demand.device_rows, riding), demand)
         total = min(most_alone + most_together, demand.host_rows)
+        if takes_all:
+            most_alone, total = max(1, most_alone), min(2 * max_rows, demand.host_rows)
         if not most_alone or not total:
             return self.device_only(demand)
         alone = min(max_rows, max(1, self._share_alone(total, attention_sec, demand)))
         together = min(max_rows, total - alone)
         alone_sec, together_sec = times.linear(alone), times.linear(demand.device_rows, together)
         work_sec = together_sec + attention_sec + alone_sec
-        if (demand.device_rows + alone + together) / work_sec <= demand.device_rows / (
-            linear_sec + attention_sec
-        ):
+        pipelined_rate = (demand.device_rows + alone + together) / work_sec
+        if not takes_all and pipelined_rate <= demand.device_rows / (linear_sec + attention_sec):
             return self.device_only(demand)
         host_alone_sec, trip_alone_sec = self._host_trip(alone, demand)
         host_together_sec, trip_together_sec = self._host_trip(together, demand)
@@ -178,7 +182,7 @@ class Predictor:
         sweep_sec += 2 * times.embed(1) + times.head(demand.device_rows + alone + together)
         sweep_sec = max(sweep_sec, 6 * self._num_layers * times.dispatch_sec)
         return Prediction(
-            Choice("pipelining", 2, None, max(alone, together)),
+            Choice("pipelining_all" if takes_all else "pipelining", 2, None, max(alone, together)),
             sweep_sec,
             demand.device_rows / sweep_sec,
             (alone + together) / sweep_sec,
@@ -259,7 +263,7 @@ class Predictor:
             for head_start_sec in head_starts_sec
         )
         fewest = -(-(first + alone * (num_layers - 2) + merged) // num_layers)
-        return fewest if passes is None else max(fewest, 1 - (-num_layers // passes))
+        return fewest if passes is None else max(fewest, 1.0 - (-num_layers // passes))
 
     def _device_sweep_sec(self, demand: Demand, num_single: int) -> float:
         """Return the time of a sweep of the device's own rows: Python's where that is more.

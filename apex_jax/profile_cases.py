@@ -5,6 +5,7 @@ with the attention that its rows need, a transfer together with the rest of a ro
 the profiler. Imports no jax.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -42,7 +43,8 @@ class Name(NamedTuple):
 class Cases:
     """The chains of one engine.
 
-    is_thorough: for all buckets, and not just the first and the last of each kind.
+    is_thorough: for all buckets, and not just the first and the last of each kind, or of prompts
+    the smallest.
     """
 
     def __init__(
@@ -119,13 +121,15 @@ class Cases:
 
     def _prompts(self) -> Iterator[tuple[Name, Chain]]:
         chains, capacity, page_size = self._chains, self._capacity, self._shapes.page_size
-        for rows, tokens in self._shapes.chunks:
+        chunks = sorted(self._shapes.chunks, key=math.prod)
+        # The largest take long, and are little more than so many of the smaller ones.
+        for rows, tokens in chunks if self._is_thorough else chunks[:2]:
             for context in self._pick(self._shapes.context_pages):
                 on_device, staged = (
                     prompt_batch((rows, tokens), context, num_pages, page_size)
                     for num_pages in (capacity.num_pages, self._host.num_staging_pages)
                 )
-                shape = (tokens, rows, context)
+                shape = (rows * tokens, rows, context)
                 yield Name("prefill", shape), chains.layers(on_device)
                 yield Name("staged_layer", shape), chains.staged_layer(staged)
             first = (self._shapes.context_pages[0], capacity.num_pages, page_size)
@@ -191,7 +195,7 @@ def take_apart(links: Mapping[Name, float]) -> dict[str, dict[Shape, float]]:
         stages["transfer_rows"][cohort,] = max((trip_sec - here_sec) / 2, 0.0)
     for shape, move_sec in by_link["moves"].items():
         copies_sec = stages["device_copy"][shape] + stages["host_copy"][shape]
-        stages["transfer_pages"][shape] = max(move_sec - copies_sec, 0.0)
+        stages["transfer_pages"][shape] = max(move_sec - copies_sec - waiting_sec, 0.0)
     return {stage: points for stage, points in stages.items() if points}
 
 
@@ -213,10 +217,11 @@ def _take_layers_apart(
         for shape, seconds in by_link["attention_and_merge"].items():
             if shape[0] == rows:
                 stages["merged_boundary"][shape] = max(seconds - attention_sec, 0.0)
-        both_sec = max(by_link["into_and_out_of_layers"][rows,] - attention_sec, 0.0)
-        entry_sec, exit_sec = (by_link[link][rows,] for link in ("lone_entries", "lone_exits"))
-        entry_share = entry_sec / (entry_sec + exit_sec)
-        stages["pre_attention"][rows,] = entry_share * both_sec
-        stages["post_attention"][rows,] = (1 - entry_share) * both_sec
         waiting_sec = max(by_link["lone_boundaries"][rows,] - boundary_sec, 0.0)
+        entry_sec, exit_sec = (
+            max(by_link[link][rows,] - waiting_sec, 1e-9) for link in ("lone_entries", "lone_exits")
+        )
+        both_sec = max(by_link["into_and_out_of_layers"][rows,] - attention_sec, 0.0)
+        stages["pre_attention"][rows,] = both_sec * entry_sec / (entry_sec + exit_sec)
+        stages["post_attention"][rows,] = both_sec * exit_sec / (entry_sec + exit_sec)
     return waiting_sec

@@ -80,7 +80,9 @@ def _prompts(chains: StageChains, shapes: Buckets, capacity: Capacity) -> Iterat
             def predict(times: Times, prompts: PromptWork = prompts) -> float:
                 return times.prefill(capacity.span, prompts)
 
-            yield HeldOut(Name("prefill", (tokens, rows, context)), chains.layers(batch), predict)
+            yield HeldOut(
+                Name("prefill", (rows * tokens, rows, context)), chains.layers(batch), predict
+            )
 
 
 def _heads(chains: StageChains, shapes: Buckets) -> Iterator[HeldOut]:

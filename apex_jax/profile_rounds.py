@@ -27,12 +27,14 @@ class Timed:
     """A chain that is repeated. num_links: of a repeat. seconds: of a link, in each repeat."""
 
     chain: Chain
-    num_links: int = 2
+    num_links: int = 1
     seconds: list[float] = field(default_factory=list[float])
 
     def warm_up(self) -> None:
         """Run it untimed, and choose how long a repeat is."""
-        link_sec = self.chain(self.num_links) / self.num_links
+        link_sec = self.chain(1)
+        if link_sec < CHAIN_SEC:  # else one link is enough, and takes long
+            link_sec = self.chain(2) / 2
         self.num_links = max(1, min(MAX_LINKS, round(CHAIN_SEC / max(link_sec, 1e-9))))
 
     def repeat(self) -> None:
@@ -42,7 +44,7 @@ class Timed:
     def median(self) -> float:
         return float(np.median(self.seconds))
 
-    def percentile(self, percent: float) -> float:
+    def percentile(self, percent: int) -> float:
         return float(np.percentile(self.seconds, percent))
 
     @property

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ FORMAT = 1  # of the file; another one is not read
 PACKAGES = ("apex-jax", "jax", "jaxlib")
 
 Shape = tuple[int, ...]
+# What a profile has points of; measured_times.py says what their shapes are.
+STAGES = (
+    *("embed", "layers", "prefill", "staged_layer", "pre_attention", "device_attention"),
+    *("post_attention", "boundary", "merged_boundary", "head_greedy", "head_sample"),
+    *("device_copy", "host_attention", "host_copy", "transfer_rows", "transfer_pages"),
+)
 
 
 class ProfileError(ValueError):
@@ -42,7 +48,7 @@ class Point:
 class Measurements:
     """Seconds of stages and jobs at the shapes that were measured.
 
-    stages: by name and shape (measured_times.py says of what); `layers` and `prefill` are of whole
+    stages: those of STAGES, by name and shape; `layers` and `prefill` are of whole
     programs, the rest of one layer or none. The others are as cost_model.Times has them.
     """
 
@@ -125,6 +131,22 @@ def path_of(folder: Path, key: Mapping[str, Any]) -> Path:
     return folder / f"profile-{digest[:16]}.json"
 
 
+def find_kept(
+    cache_dir: str, key: Mapping[str, Any], on_progress: Callable[[str], None]
+) -> ProfileTable | None:
+    """Return the profile that was kept for a key, if there is one; say why one is not used.
+
+    cache_dir: empty for nowhere.
+    """
+    if not cache_dir:
+        return None
+    try:
+        return load(path_of(Path(cache_dir).expanduser(), key), key)
+    except ProfileError as error:
+        on_progress(f"profile    not used: {error}")
+        return None
+
+
 def save(path: Path, table: ProfileTable) -> None:
     """Write a profile in one atomic step; makes its folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,14 +226,16 @@ def _to_json(table: ProfileTable) -> dict[str, Any]:
 
 def _from_json(item: Mapping[str, Any]) -> ProfileTable:
     stages = {
-        str(name): {
+        name: {
             tuple(int(size) for size in point["shape"]): Point(
                 _seconds(point["sec"]), _seconds(point["spread_sec"])
             )
-            for point in points
+            for point in item["stages"][name]
         }
-        for name, points in item["stages"].items()
+        for name in STAGES
     }
+    if empty := [name for name, points in stages.items() if not points]:
+        raise ValueError(f"no points of {', '.join(empty)}")
     return ProfileTable(
         key=item["key"],
         measured_at=str(item["measured_at"]),
@@ -223,14 +247,19 @@ def _from_json(item: Mapping[str, Any]) -> ProfileTable:
             _seconds(item["device_slowdown"]),
             _seconds(item["host_slowdown"]),
         ),
-        prediction=Errors(**item["prediction"]),
-        noise=Errors(**item["noise"]),
+        prediction=_errors(item["prediction"]),
+        noise=_errors(item["noise"]),
     )
+
+
+def _errors(item: Mapping[str, Any]) -> Errors:
+    median, percentile_95 = (_seconds(item[name]) for name in ("median", "percentile_95"))
+    return Errors(median, percentile_95, int(item["num_points"]))
 
 
 def _seconds(value: Any) -> float:
     """Return a number as it may stand in a profile."""
     number = float(value)
     if not 0 <= number < math.inf:
-        raise ValueError(f"{value!r} is no time")
+        raise ValueError(f"{value!r} is out of range")
     return number

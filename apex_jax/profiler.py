@@ -9,7 +9,6 @@ import datetime
 import statistics
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from apex_jax.buckets import Buckets
@@ -27,10 +26,8 @@ from apex_jax.profile_table import (
     Errors,
     Measurements,
     Point,
-    ProfileError,
     ProfileTable,
-    load,
-    path_of,
+    find_kept,
 )
 from apex_jax.stage_chains import StageChains
 
@@ -39,7 +36,7 @@ MAX_ROUNDS = 21
 CALIBRATION_SEC = 2.0
 MAX_CALIBRATION_ROUNDS = 3
 DISPATCHED_LINKS = 4  # before what is dispatched is waited for
-DISPATCH_REPEATS = 15
+DISPATCH_REPEATS = 7
 
 
 class Profiler:
@@ -71,13 +68,7 @@ class Profiler:
 
     def kept(self, config: ProfileConfig, on_progress: OnProgress) -> ProfileTable | None:
         """Return the profile that was kept of this engine, if there is one."""
-        if not config.cache_dir:
-            return None
-        try:
-            return load(path_of(Path(config.cache_dir).expanduser(), self.key), self.key)
-        except ProfileError as error:
-            on_progress(f"profile    not used: {error}")
-            return None
+        return find_kept(config.cache_dir, self.key, on_progress)
 
     def times_of(self, measurements: Measurements) -> MeasuredTimes:
         capacity = self._capacity

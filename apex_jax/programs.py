@@ -1,7 +1,8 @@
 """The executables: every stage compiled ahead of time for every bucket.
 
 Owns compiling in parallel and the executables; lowering.py says what there is to compile. Knows
-shapes only, so it can work before any weight is loaded. Called by the xla backend.
+shapes only, so it can work before any weight is loaded. What modifies scores or reports logprobs is
+compiled when a request first needs it, since most jobs never do. Called by the xla backend.
 """
 
 import concurrent.futures
@@ -17,12 +18,17 @@ from apex_jax.config import ConfigError, LlamaConfig
 from apex_jax.lowering import Lowering, ProgramKey
 
 MAX_LAYERS_PER_PROGRAM = 11  # compile time grows with it, dispatches per sweep shrink
+# With a host lane the rows leave and enter single layers around each cohort's place, the more of
+# them the longer the programs. Of 32 layers 4 take the fewest stages a sweep, with one cohort 24
+# (8 layers take 27), with two 28 (35), with four 36 (57).
+MAX_LAYERS_BESIDE_COHORTS = 5
 
 
 class Programs:
     """All executables of one model on one device.
 
     Attributes: compile_sec by program, temp_bytes (the most scratch memory any of them takes).
+    on_late: gets a line for each program that is compiled when it is first needed.
     """
 
     def __init__(
@@ -36,8 +42,10 @@ class Programs:
         num_layers: int,
         device: jax.Device,
         precision: str,
+        on_late: Callable[[str], None] = lambda line: None,
     ):
         self.buckets = buckets
+        self._on_late = on_late
         self.num_layers = num_layers
         self.compile_sec: dict[ProgramKey, float] = {}
         self._executables: dict[ProgramKey, Any] = {}
@@ -54,6 +62,16 @@ class Programs:
 
     def __getitem__(self, key: ProgramKey) -> Any:
         return self._executables[key]
+
+    def late(self, key: ProgramKey) -> Any:
+        """Return a program of Lowering.late; the first time it is compiled, which waits."""
+        executable = self._executables.get(key)
+        if executable is None:
+            start_sec = time.perf_counter()
+            executable = self._executables[key] = self._lowering.late(key).compile()
+            self.compile_sec[key] = time.perf_counter() - start_sec
+            self._on_late(f"compiled {key}, which no request before needed")
+        return executable
 
     @property
     def temp_bytes(self) -> int:
@@ -92,10 +110,10 @@ class Programs:
         return self._lowering.all_stages()
 
 
-def span_of_layers(num_layers: int, requested: int | None) -> int:
-    """Return how many layers a program takes: the largest divisor of num_layers up to 11."""
+def span_of_layers(num_layers: int, requested: int | None, *, has_host_lane: bool) -> int:
+    """Return how many layers a program takes: the largest divisor of num_layers up to a limit."""
     if requested is None:
-        limit = MAX_LAYERS_PER_PROGRAM
+        limit = MAX_LAYERS_BESIDE_COHORTS if has_host_lane else MAX_LAYERS_PER_PROGRAM
         return max(span for span in range(1, limit + 1) if num_layers % span == 0)
     if num_layers % requested:
         raise ConfigError(

@@ -1,9 +1,10 @@
 """Choosing the next token of each row from its scores.
 
-Owns the random numbers and the order of cuts: temperature, top-k, top-p, then Gumbel noise. The
-noise of a token is a function of (request seed, sample index, position, token id) alone, so a row's
-choice does not depend on its batch, on how the scores were searched, or on when it runs. Refuses
-nothing: parameters are validated in request.py.
+Owns the random numbers and the order of what happens to scores, which is vLLM's: biases, penalties
+and masks; then temperature, min-p, top-k, top-p and Gumbel noise. The noise of a token is a
+function of (request seed, sample index, position, token id) alone, so a row's choice does not
+depend on its batch, on how the scores were searched, or on when it runs. Refuses nothing:
+parameters are validated in request.py.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from apex_jax.modifiers import ALWAYS, MASK
+from apex_jax.request import MAX_LOGPROBS
 
 NUM_CANDIDATES = (
     64  # the best of 128k scores come at a hundredth of the cost of all of them in order
@@ -27,9 +31,94 @@ class SamplingRows(NamedTuple):
     temperatures_b: Float[Array, "b"]
     top_ks_b: Int[Array, "b"]
     top_ps_b: Float[Array, "b"]
+    min_ps_b: Float[Array, "b"]
     seeds_b2: UInt32[Array, "b 2"]
     sample_indices_b: Int[Array, "b"]
     positions_b: Int[Array, "b"]
+
+
+class ModifierRows(NamedTuple):
+    """Penalties of each row; is_counting_b: its last token is in no entry's count."""
+
+    presence_penalties_b: Float[Array, "b"]
+    frequency_penalties_b: Float[Array, "b"]
+    repetition_penalties_b: Float[Array, "b"]
+    is_counting_b: Bool[Array, "b"]
+
+
+class ModifierEntries(NamedTuple):
+    """Changes of single scores, as in modifiers.ENTRY; those of rows past the end are padding."""
+
+    rows_e: Int[Array, "e"]
+    token_ids_e: Int[Array, "e"]
+    counts_e: Int[Array, "e"]
+    is_seen_e: Bool[Array, "e"]
+    biases_e: Float[Array, "e"]
+    afters_e: Int[Array, "e"]
+
+
+class Logprobs(NamedTuple):
+    """Logarithms of probabilities: of the chosen token, and of the best ones, best first."""
+
+    chosen_b: Float[Array, "b"]
+    top_ids_bi: Int[Array, "b i"]
+    top_bi: Float[Array, "b i"]
+
+
+def modify(
+    logits_bv: Float[Array, "b v"],
+    last_tokens_b: Int[Array, "b"],
+    rows: ModifierRows,
+    entries: ModifierEntries,
+) -> Float[Array, "b v"]:
+    """Return scores with biases added, penalties taken off, and masked tokens at minus infinity.
+
+    last_tokens_b: of each row, counted here where the entries could not count it. Only the scores
+    that entries name are touched, and that of the last token.
+    """
+    num_rows = len(logits_bv)
+    beyond = jnp.iinfo(jnp.int32).max
+    is_mask_e = entries.biases_e == MASK
+    last_e = last_tokens_b.at[entries.rows_e].get(mode="clip")
+    is_counting_e = rows.is_counting_b.at[entries.rows_e].get(mode="fill", fill_value=False)
+    is_last_e = is_counting_e & ~is_mask_e & (entries.token_ids_e == last_e)
+    # A last token that has an entry is counted in it, one that has none gets one.
+    num_entries_b = jnp.zeros(num_rows, jnp.int32)
+    num_entries_b = num_entries_b.at[entries.rows_e].add(is_last_e.astype(jnp.int32), mode="drop")
+    is_new_b = rows.is_counting_b & (num_entries_b == 0)
+
+    rows_i = jnp.concatenate(
+        [
+            jnp.where(is_mask_e, beyond, entries.rows_e),
+            jnp.where(is_new_b, jnp.arange(num_rows), beyond),
+        ]
+    )
+    ids_i = jnp.concatenate([entries.token_ids_e, last_tokens_b])
+    counts_i = jnp.concatenate(
+        [entries.counts_e + is_last_e.astype(jnp.int32), is_new_b.astype(jnp.int32)]
+    )
+    is_seen_i = jnp.concatenate([entries.is_seen_e | is_last_e, is_new_b])
+    biases_i = jnp.concatenate([entries.biases_e, jnp.zeros(num_rows)])
+
+    of_row = lambda values_b: values_b.at[rows_i].get(mode="clip")  # noqa: E731
+    scores_i = logits_bv.at[rows_i, ids_i].get(mode="clip") + biases_i
+    repetition_i = jnp.where(is_seen_i, of_row(rows.repetition_penalties_b), 1.0)
+    scores_i = jnp.where(scores_i > 0, scores_i / repetition_i, scores_i * repetition_i)
+    scores_i -= of_row(rows.frequency_penalties_b) * counts_i.astype(jnp.float32)
+    scores_i -= jnp.where(counts_i > 0, of_row(rows.presence_penalties_b), 0.0)
+    modified_bv = logits_bv.at[rows_i, ids_i].set(scores_i, mode="drop")
+
+    is_on_e = is_mask_e & ((entries.afters_e == ALWAYS) | (entries.afters_e == last_e))
+    masked_rows_e = jnp.where(is_on_e, entries.rows_e, beyond)
+    return modified_bv.at[masked_rows_e, entries.token_ids_e].set(MASK, mode="drop")
+
+
+def logprobs(logits_bv: Float[Array, "b v"], tokens_b: Int[Array, "b"]) -> Logprobs:
+    """Return those of chosen tokens and of the MAX_LOGPROBS best ones (or all, if fewer)."""
+    log_totals_b1 = jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True)
+    chosen_b1 = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=1) - log_totals_b1
+    top_bi, ids_bi = jax.lax.top_k(logits_bv, min(MAX_LOGPROBS, logits_bv.shape[1]))
+    return Logprobs(chosen_b1[:, 0], ids_bi, top_bi - log_totals_b1)
 
 
 def greedy(logits_bv: Float[Array, "b v"]) -> Int[Array, "b"]:
@@ -48,6 +137,8 @@ def sample(logits_bv: Float[Array, "b v"], rows: SamplingRows) -> Int[Array, "b"
     temperatures_b1 = jnp.where(is_greedy, 1.0, jnp.maximum(rows.temperatures_b, 1e-30))[:, None]
     # The best score is 0: dividing by a tiny temperature then sends only the others to infinity.
     scores_bv = (logits_bv - logits_bv.max(-1, keepdims=True)) / temperatures_b1
+    lowest_by_min_p_b1 = jnp.log(rows.min_ps_b)[:, None]
+    scores_bv = jnp.where(scores_bv >= lowest_by_min_p_b1, scores_bv, -jnp.inf)
     rows = rows._replace(top_ks_b=jnp.where(rows.top_ks_b < vocab, rows.top_ks_b, 0))
     num_candidates = min(NUM_CANDIDATES, vocab)
     top_bc, ids_bc = jax.lax.top_k(scores_bv, num_candidates)
@@ -62,9 +153,11 @@ def sample(logits_bv: Float[Array, "b v"], rows: SamplingRows) -> Int[Array, "b"
     # What equals the last candidate may go on beyond it (half precision has few distinct scores).
     # Not top_bc[:, -1]: where a slice of top_k is sliced again, XLA's CPU sorts everything instead.
     last_b = top_bc.min(-1)
-    holds_all_kept = (lowest_of_candidates_b1[:, 0] > last_b) | (last_b == -jnp.inf)
+    holds_all_kept = lowest_of_candidates_b1[:, 0] > last_b
+    # Where the last candidate is out by min-p (or a mask), so are all beyond it.
+    holds_all_left = last_b == -jnp.inf
     levels_b = jnp.where(
-        is_greedy | ((has_small_k | nucleus_is_within) & holds_all_kept),
+        is_greedy | ((has_small_k | nucleus_is_within) & holds_all_kept) | holds_all_left,
         CANDIDATES,
         jnp.where(is_uncut, WHOLE_UNCUT, WHOLE_CUT),
     )

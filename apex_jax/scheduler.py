@@ -11,14 +11,14 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as AbstractSequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Int32
 
 from apex_jax.buckets import Buckets, fullest_chunk
 from apex_jax.host_prefill import PromptGroup, choose_group
 from apex_jax.lanes import LaneRoom
+from apex_jax.modifiers import Modifiers, check_modifiers
 from apex_jax.pages import num_pages_for
 from apex_jax.plan import (
     CohortBatch,
@@ -28,6 +28,8 @@ from apex_jax.plan import (
     HostPrefillBatch,
     Move,
     PrefillBatch,
+    PromptTargets,
+    Sampled,
     SweepPlan,
 )
 from apex_jax.policies import DeviceOnly, Load, Policy
@@ -58,9 +60,13 @@ class SchedulerStats:
 
 @dataclass
 class _Flight:
-    """Who samples in a launched sweep, in the order of its heads, and where the attention was."""
+    """Who samples in a launched sweep, in the order of its heads, and where the attention was.
+
+    scored: whose prompt's tokens get logprobs, and after which of them the chunk begins.
+    """
 
     sampled: list[tuple[Sequence, Lane]] = field(default_factory=list)
+    scored: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -182,15 +188,20 @@ class Scheduler:
                 f"{num_tokens}; the limit here is {self.max_model_len} (the model's context, "
                 "scheduler.max_model_len or what the KV cache holds, whichever is least)"
             )
+        if sampling.stop and request.is_last is None:
+            raise RequestError("stop is given, and the request has no is_last to find it")
         stops = frozenset(sampling.stop_token_ids)
+        stops = stops if sampling.ignore_eos else stops | self._eos_token_ids
+        check_modifiers(sampling, stops, self._vocab_size)
         self._num_unfinished += 1
         self._waiting.append(
             Sequence(
                 index=next(self._indices),
                 request=request,
-                stop_token_ids=stops if sampling.ignore_eos else stops | self._eos_token_ids,
+                stop_token_ids=stops,
                 arrival_sec=now_sec,
                 token_ids=list(prompt),
+                modifiers=Modifiers.of(sampling, prompt, stops),
             )
         )
 
@@ -248,15 +259,20 @@ class Scheduler:
         for move_id in finished_moves:
             self._end_move(self._moving.pop(move_id))
 
-    def commit(self, tokens_b: Int32[np.ndarray, "b"], now_sec: float) -> list[RequestOutput]:
-        """Take the tokens of the oldest planned sweep, in its heads' order; return who finished."""
+    def commit(self, sampled: Sampled, now_sec: float) -> list[RequestOutput]:
+        """Take what the oldest planned sweep sampled, in its heads' order; return who finished."""
         flight = self._flights.popleft()
         outputs: list[RequestOutput] = []
-        for (sequence, lane), token in zip(flight.sampled, tokens_b.tolist(), strict=True):
+        if sampled.prompts:  # a backend that only predicts has none
+            for (sequence, start), of_chunk in zip(flight.scored, sampled.prompts, strict=True):
+                sequence.take_prompt(start, of_chunk)
+        tokens: list[int] = sampled.tokens_b.tolist()
+        logprobs = sampled.logprobs or (None,) * len(tokens)
+        for (sequence, lane), token, of_token in zip(flight.sampled, tokens, logprobs, strict=True):
             sequence.num_unread -= 1
             if sequence.finish_reason is not None:
                 continue  # the surplus token of a sweep planned before the stop token was read
-            sequence.append(token, now_sec)
+            sequence.append(token, now_sec, of_token)
             self.stats.num_output_tokens += 1
             if lane is Lane.HOST:
                 sequence.num_host_tokens += 1
@@ -309,8 +325,9 @@ class Scheduler:
                 # It may have been driven out itself, or wait for the page of one who leaves.
                 if sequence.lane is not Lane.DEVICE or sequence.is_moving:
                     continue
-            if self._device.grow(sequence):
-                ready.append(sequence)
+                if not self._device.grow(sequence):
+                    continue
+            ready.append(sequence)
         return ready
 
     def _make_room(self, sequence: Sequence, moves: list[Move]) -> None:
@@ -383,7 +400,9 @@ class Scheduler:
             np.array(lengths, np.int32),
             self._device.rows(sequences, longest),
         )
-        return batch, self._plan_head(finishing, [sequences[row] for row in finishing], flight)
+        targets = _targets(batch, sequences, flight)
+        finished = [sequences[row] for row in finishing]
+        return batch, self._plan_head(finishing, finished, flight, targets)
 
     def _plan_decode(
         self, sequences: list[Sequence], flight: _Flight
@@ -404,12 +423,18 @@ class Scheduler:
         return DecodeBatch(slots_b, positions_b, table_bm)
 
     def _plan_head(
-        self, rows: AbstractSequence[int], sequences: list[Sequence], flight: _Flight
+        self,
+        rows: AbstractSequence[int],
+        sequences: list[Sequence],
+        flight: _Flight,
+        prompt: PromptTargets | None = None,
     ) -> HeadBatch | None:
-        """Return how rows of a batch sample in this very sweep; None where none does."""
-        if not sequences:
+        """Return how rows of a batch sample in this very sweep; None where nothing is wanted."""
+        if not sequences and prompt is None:
             return None
         head = _head(rows, sequences)
+        if prompt is not None:
+            head = replace(head, prompt=prompt)
         for sequence in sequences:
             sequence.num_unread += 1
             flight.sampled.append((sequence, Lane.DEVICE))
@@ -459,7 +484,7 @@ class Scheduler:
         num_tokens = max(self._max_chunk_tokens - num_taken, share)
         units = group.take(num_tokens * self._num_layers)
         if not group.is_complete:
-            return group.batch(units, None)
+            return group.batch(units, ())
         for sequence in group.sequences:
             self.stats.num_host_prefilled_tokens += len(sequence.token_ids)
             sequence.num_computed = len(sequence.token_ids)
@@ -467,10 +492,17 @@ class Scheduler:
             sequence.is_decoding = True
         self._group = None
         sequences = list(group.sequences)
-        head = self._plan_head(range(len(sequences)), sequences, flight)
+        heads: list[tuple[int, HeadBatch]] = []
+        for index, chunk in enumerate(group.chunks):
+            is_last = index == len(group.chunks) - 1
+            sampling = sequences if is_last else []
+            targets = _targets(chunk, sequences, flight)
+            head = self._plan_head(range(len(sampling)), sampling, flight, targets)
+            if head is not None:
+                heads.append((index, head))
         for sequence in sequences:
             self._vacate_if_over(sequence)  # it was cancelled on its way
-        return group.batch(units, head)
+        return group.batch(units, tuple(heads))
 
     def _form_cohorts(
         self, decoding: list[Sequence], prefill: PrefillBatch | None
@@ -635,10 +667,34 @@ class Scheduler:
             stats.max_host_pages = max(stats.max_host_pages, self._host.num_used)
 
 
+def _targets(
+    chunk: PrefillBatch, sequences: list[Sequence], flight: _Flight
+) -> PromptTargets | None:
+    """Return what follows the tokens of a chunk, where a sequence wants to know how likely."""
+    next_ids_bt = np.zeros_like(chunk.token_ids_bt)
+    rows: list[int] = []
+    lengths: list[int] = []
+    for row, sequence in enumerate(sequences):
+        start, prompt = int(chunk.starts_b[row]), sequence.request.prompt_token_ids
+        following = prompt[start + 1 : start + 1 + int(chunk.lengths_b[row])]
+        if sequence.wants_prompt and following:
+            next_ids_bt[row, : len(following)] = following
+            rows.append(row)
+            lengths.append(len(following))
+            flight.scored.append((sequence, start))
+    if not rows:
+        return None
+    return PromptTargets(next_ids_bt, np.array(rows, np.int32), np.array(lengths, np.int32))
+
+
 def _head(rows: AbstractSequence[int], sequences: list[Sequence]) -> HeadBatch:
     return HeadBatch.of(
         rows,
         [sequence.slot for sequence in sequences if sequence.slot is not None],
         [sequence.num_tokens for sequence in sequences],
         [sequence.request.sampling for sequence in sequences],
+        [
+            None if sequence.modifiers is None else sequence.modifiers.changes(sequence.num_unread)
+            for sequence in sequences
+        ],
     )

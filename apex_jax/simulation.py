@@ -129,9 +129,9 @@ class Simulation:
             self.scheduler.launched(launched.sampled_cohorts, launched.finished_moves)
         assert plan is not None or self._previous is not None, self.scheduler.describe()
         if self._previous is not None:
-            tokens_b = self.dispatch.read(self._previous)
+            sampled = self.dispatch.read(self._previous)
             now_sec = self.backend.now()
-            self.outputs += self.scheduler.commit(tokens_b, now_sec)
+            self.outputs += self.scheduler.commit(sampled, now_sec)
             if self._monitor is not None:
                 self._monitor.end_sweep(now_sec - self._swept_sec)
             self._swept_sec = now_sec

@@ -6,8 +6,10 @@ what the host is sent (`qkv_bjh`, exported pages) must not be.
 """
 
 import itertools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -16,9 +18,20 @@ from apex_jax import sampling
 from apex_jax.attention import append_kv, decode_attention, prefill_attention
 from apex_jax.kv_cache import LayerPages
 from apex_jax.models.llama import DecoderLayer, RMSNorm, State, next_token_logits
-from apex_jax.packing import DecodeArrays, PrefillArrays, unpack_head, unpack_prefill_targets
+from apex_jax.packing import (
+    DecodeArrays,
+    ModifierArrays,
+    PrefillArrays,
+    pack_logprobs,
+    unpack_head,
+    unpack_modifiers,
+    unpack_prefill_targets,
+)
 
-Layers = tuple[State, ...]
+# Parameters of one or more layers, flat: each call takes its arguments apart, which for dicts
+# takes five times as long.
+Flat = tuple[Array, ...]
+MakeLayer = Callable[[Flat], DecoderLayer]
 Pages = tuple[LayerPages, ...]
 
 
@@ -26,10 +39,13 @@ def embed_decode(
     embedding_vd: Float[Array, "v d"],
     tokens_by_slot: Int[Array, "slots"],
     rows_b4: Int[Array, "b 4"],
-) -> Float[Array, "b d"]:
-    """Look up the last token of each row where the previous sweep left it."""
+) -> tuple[Float[Array, "b d"], Int[Array, "b 4"]]:
+    """Look up the last token of each row where the previous sweep left it.
+
+    Also returns rows_b4, which came along with this call and will be wanted by later ones.
+    """
     tokens_b = tokens_by_slot.at[rows_b4[:, 0]].get(mode="clip")
-    return jnp.take(embedding_vd, tokens_b, axis=0)
+    return jnp.take(embedding_vd, tokens_b, axis=0), rows_b4
 
 
 def embed_prefill(
@@ -40,16 +56,15 @@ def embed_prefill(
 
 
 def layers_decode(
-    graph: nnx.GraphDef[DecoderLayer],
-    layers: Layers,
+    make_layer: MakeLayer,
+    layers: Flat,
     pages: Pages,
     x_bd: Float[Array, "b d"],
     arrays: DecodeArrays,
 ) -> tuple[Float[Array, "b d"], Pages]:
     """Carry one token per row through the layers; `pages` may be donated."""
     new_pages: list[LayerPages] = []
-    for state, layer_pages in zip(layers, pages, strict=True):
-        layer = nnx.merge(graph, state)
+    for layer, layer_pages in zip(_layers(make_layer, layers, len(pages)), pages, strict=True):
         q, k, v = layer.pre_attention(x_bd, arrays.rows_b4[:, 1])
         attended, layer_pages = _append_and_attend(layer_pages, q, k, v, arrays)
         x_bd = layer.post_attention(x_bd, attended)
@@ -58,9 +73,9 @@ def layers_decode(
 
 
 def layers_prefill(
-    graph: nnx.GraphDef[DecoderLayer],
+    make_layer: MakeLayer,
     num_head_rows: int,
-    layers: Layers,
+    layers: Flat,
     pages: Pages,
     x_btd: Float[Array, "b t d"],
     arrays: PrefillArrays,
@@ -73,8 +88,8 @@ def layers_prefill(
     positions_bt, page_ids_bt, slots_bt = unpack_prefill_targets(arrays, num_pages, page_size)
     page_ids_i, slots_i = page_ids_bt.reshape(-1), slots_bt.reshape(-1)
     new_pages: list[LayerPages] = []
-    for state, (k_pages, v_pages) in zip(layers, pages, strict=True):
-        layer = nnx.merge(graph, state)
+    made = _layers(make_layer, layers, len(pages))
+    for layer, (k_pages, v_pages) in zip(made, pages, strict=True):
         q, k, v = layer.pre_attention(x_btd, positions_bt)
         k_pages = append_kv(k_pages, k.reshape(-1, *k.shape[2:]), page_ids_i, slots_i)
         v_pages = append_kv(v_pages, v.reshape(-1, *v.shape[2:]), page_ids_i, slots_i)
@@ -90,13 +105,13 @@ def layers_prefill(
 
 
 def pre_attention(
-    graph: nnx.GraphDef[DecoderLayer],
-    state: State,
+    make_layer: MakeLayer,
+    layer: Flat,
     x_bd: Float[Array, "b d"],
     rows_b4: Int[Array, "b 4"],
 ) -> Float[Array, "b j h"]:
     """Enter a layer: rotated queries, rotated keys and values of each row, in this order."""
-    qkv = nnx.merge(graph, state).pre_attention(x_bd, rows_b4[:, 1])
+    qkv = make_layer(layer).pre_attention(x_bd, rows_b4[:, 1])
     return jnp.concatenate(qkv, axis=1)
 
 
@@ -111,13 +126,13 @@ def device_attention(
 
 
 def post_attention(
-    graph: nnx.GraphDef[DecoderLayer],
-    state: State,
+    make_layer: MakeLayer,
+    layer: Flat,
     x_bd: Float[Array, "b d"],
     attended_bnh: Float[Array, "b n h"],
 ) -> Float[Array, "b d"]:
     """Leave a layer."""
-    return nnx.merge(graph, state).post_attention(x_bd, attended_bnh)
+    return make_layer(layer).post_attention(x_bd, attended_bnh)
 
 
 class BoundaryRows(NamedTuple):
@@ -129,15 +144,15 @@ class BoundaryRows(NamedTuple):
 
 
 def boundary(
-    graph: nnx.GraphDef[DecoderLayer],
-    left: State,
-    entered: State,
+    make_layer: MakeLayer,
+    left: Flat,
+    entered: Flat,
     groups: tuple[BoundaryRows, ...],
 ) -> tuple[tuple[Float[Array, "b d"], Float[Array, "b j h"]], ...]:
     """Leave a layer and enter the next, all groups in one batch; returns each one's x and qkv."""
     x_bd, attended_bnh, rows_b4 = (jnp.concatenate(parts) for parts in zip(*groups, strict=True))
-    x_bd = post_attention(graph, left, x_bd, attended_bnh)
-    qkv_bjh = pre_attention(graph, entered, x_bd, rows_b4)
+    x_bd = post_attention(make_layer, left, x_bd, attended_bnh)
+    qkv_bjh = pre_attention(make_layer, entered, x_bd, rows_b4)
     ends = list(itertools.accumulate(len(group.x_bd) for group in groups))[:-1]
     return tuple(zip(jnp.split(x_bd, ends), jnp.split(qkv_bjh, ends), strict=True))
 
@@ -158,15 +173,62 @@ def head(
     output_vd: Float[Array, "v d"],
     tokens_by_slot: Int[Array, "slots"],
     x_bd: Float[Array, "b d"],
-    packed_b8: Int[Array, "b 8"],
+    packed_b9: Int[Array, "b 9"],
     *,
     is_greedy: bool,
 ) -> tuple[Int[Array, "b"], Int[Array, "slots"]]:
     """Choose a token per row and leave it in the row's slot; `tokens_by_slot` may be donated."""
     logits_bv = next_token_logits(x_bd, nnx.merge(norm_graph, norm), output_vd)
-    slots_b, rows = unpack_head(packed_b8)
+    slots_b, rows = unpack_head(packed_b9)
     tokens_b = sampling.greedy(logits_bv) if is_greedy else sampling.sample(logits_bv, rows)
     return tokens_b, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
+
+
+def modified_head(
+    norm_graph: nnx.GraphDef[RMSNorm],
+    norm: State,
+    output_vd: Float[Array, "v d"],
+    tokens_by_slot: Int[Array, "slots"],
+    x_bd: Float[Array, "b d"],
+    packed_b9: Int[Array, "b 9"],
+    modifiers: ModifierArrays,
+    *,
+    with_logprobs: bool,
+) -> tuple[Int[Array, "b"], Int[Array, "b c"] | None, Int[Array, "slots"]]:
+    """Do what `head` does with modified scores; `tokens_by_slot` may be donated.
+
+    Also returns packed logprobs of the scores as they were, where they are wanted.
+    """
+    logits_bv = next_token_logits(x_bd, nnx.merge(norm_graph, norm), output_vd)
+    slots_b, rows = unpack_head(packed_b9)
+    last_tokens_b = tokens_by_slot.at[slots_b].get(mode="clip")
+    modified_bv = sampling.modify(logits_bv, last_tokens_b, *unpack_modifiers(modifiers))
+    tokens_b = sampling.sample(modified_bv, rows)
+    logprobs_bc = pack_logprobs(sampling.logprobs(logits_bv, tokens_b)) if with_logprobs else None
+    return tokens_b, logprobs_bc, tokens_by_slot.at[slots_b].set(tokens_b, mode="drop")
+
+
+def prompt_logprobs(
+    norm_graph: nnx.GraphDef[RMSNorm],
+    num_rows: int,
+    norm: State,
+    output_vd: Float[Array, "v d"],
+    x_btd: Float[Array, "b t d"],
+    next_ids_bt: Int[Array, "b t"],
+) -> Int[Array, "b t c"]:
+    """Return packed logprobs of what follows each token of a chunk, `num_rows` tokens at a time."""
+    b, t, d = x_btd.shape
+    padding = -(b * t) % num_rows
+    x_std = jnp.pad(x_btd.reshape(-1, d), ((0, padding), (0, 0))).reshape(-1, num_rows, d)
+    next_ids_sr = jnp.pad(next_ids_bt.reshape(-1), (0, padding)).reshape(-1, num_rows)
+
+    def score(part: tuple[Float[Array, "r d"], Int[Array, "r"]]) -> Int[Array, "r c"]:
+        x_rd, next_ids_r = part
+        logits_rv = next_token_logits(x_rd, nnx.merge(norm_graph, norm), output_vd)
+        return pack_logprobs(sampling.logprobs(logits_rv, next_ids_r))
+
+    packed_src = jax.lax.map(score, (x_std, next_ids_sr))
+    return packed_src.reshape(-1, packed_src.shape[-1])[: b * t].reshape(b, t, -1)
 
 
 def export_pages(pages: LayerPages, page_ids_i: Int[Array, "i"]) -> Float[Array, "i k 2 z h"]:
@@ -187,6 +249,11 @@ def import_pages(
         for half, pool in enumerate(pages)
     )
     return k_pkzh[0, 0, 0, :1], LayerPages(k_pkzh, v_pkzh)
+
+
+def _layers(make_layer: MakeLayer, layers: Flat, num_layers: int) -> Iterator[DecoderLayer]:
+    size = len(layers) // num_layers
+    return (make_layer(layers[first : first + size]) for first in range(0, len(layers), size))
 
 
 def _append_and_attend(

@@ -175,7 +175,7 @@ class Bench:
             buckets=shapes,
             num_pages=self.num_pages,
             num_slots=max(shapes.rows),
-            num_layers=span_of_layers(self.model.num_layers, None),
+            num_layers=span_of_layers(self.model.num_layers, None, has_host_lane=False),
             device=self.device,
             precision="default",
         )
@@ -324,7 +324,7 @@ def main(argv: Sequence[str]) -> int:
             "smoke": smoke,
             "dtype": bench.dtype.name,
             "model": dataclasses.asdict(bench.model),
-            "layers_per_program": span_of_layers(bench.model.num_layers, None),
+            "layers_per_program": span_of_layers(bench.model.num_layers, None, has_host_lane=False),
             "pool_bytes": bench.num_pages * bench.page_bytes,
             "caps_gib": bench.caps_gib,
             "caps_left_out_for_memory": bench.caps_left_out,

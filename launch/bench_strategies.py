@@ -32,11 +32,10 @@ from apex_jax.pages import num_pages_for
 from apex_jax.policies import Policy
 from apex_jax.profile_table import measurements_to_json
 from apex_jax.request import Request, SamplingParams
-from apex_jax.trace import Event, TraceFile
 from launch.environment import environment
 from launch.measuring import ResultFile, Row
 from launch.schedule_arithmetic import Load, expected_rate, published_ratio
-from launch.shared_engine import SharedEngine, WatchedBackend, use_two_cpu_devices
+from launch.shared_engine import STRATEGIES, SharedEngine, WatchedBackend, use_two_cpu_devices
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Of the model; unset: a small one.")
 _OUTPUT = flags.DEFINE_string("output", "docs/results/strategies.json", "Result file.")
@@ -69,16 +68,6 @@ TINY = LlamaConfig(2, 64, 128, 4, 2, 16, 256, 1024)
 OUTPUT_TOKENS = 512  # more than are ever awaited
 MAX_IDLE_SWEEPS = 8  # without a prompt's progress: then nobody else finds room
 GROWTH_PAGES = 8  # of each device row's KV, while it is looked at
-STRATEGIES = {
-    "device_only": SchedulerConfig(strategy="device_only"),
-    "full_offload": SchedulerConfig(strategy="full_offload"),
-    "asymmetric_pipelining": SchedulerConfig(strategy="asymmetric_pipelining"),
-    "async_overlap": SchedulerConfig(strategy="async_overlap"),
-    "staggered_2": SchedulerConfig(strategy="staggered", cohorts=2),
-    "staggered_4": SchedulerConfig(strategy="staggered", cohorts=4),
-    "passes_2": SchedulerConfig(strategy="passes", cohorts=2, passes=2),
-    "passes_4": SchedulerConfig(strategy="passes", cohorts=2, passes=4),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,19 +266,9 @@ def measure(shared: SharedEngine, name: str, num_pages: int) -> Row:
     begin, end = run.look(_SECONDS.value if not _SMOKE.value else 0.2)
     shared.finish()
     if _TRACES.value is not None:
-        write_trace(shared, Path(_TRACES.value) / f"{name}.json", begin.now_sec, end.now_sec)
+        path = Path(_TRACES.value) / f"{name}.json"
+        shared.timeline.write_trace(path, begin.now_sec, end.now_sec)
     return run.describe(settings, begin, end)
-
-
-def write_trace(shared: SharedEngine, path: Path, from_sec: float, to_sec: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    trace = TraceFile(path, origin_sec=from_sec)
-    for spans in shared.timeline.lanes.values():
-        for span in spans:
-            if from_sec <= span.start_sec and span.end_sec <= to_sec:
-                trace.add(Event(*span))
-    trace.close()
 
 
 def medians(rows: Sequence[Row]) -> Iterator[Row]:
@@ -384,7 +363,7 @@ def main(argv: Sequence[str]) -> int:
         "model": dataclasses.asdict(shared.whole.model.architecture),
         "dtype": shared.whole.model.dtype,
         "prompt_tokens": _PROMPT.value,
-        "idle_stage_times": measurements_to_json(shared.times.measurements),
+        "idle_stage_times": measurements_to_json(shared.measurements),
         "environment": environment(shared.device),
     }
     results = ResultFile(Path(_OUTPUT.value), header, _BUDGET.value)

@@ -28,7 +28,7 @@ from apex_jax.hardware import Handle, Head, Stage
 from apex_jax.models import weights
 from apex_jax.models.hf_config import read_model_folder
 from apex_jax.request import Request, RequestOutput, SamplingParams
-from apex_jax.text import Tokenizer
+from apex_jax.text.model_text import load_text
 from launch.environment import ROOT, environment
 from launch.measuring import ResultFile, Row
 from launch.shared_engine import SharedEngine, WatchedBackend, use_two_cpu_devices
@@ -103,12 +103,12 @@ class Answers:
 
 def read_requests(num_tokens: int) -> list[Request]:
     """Return the sample prompts as greedy requests of one length; a seed names each of them."""
-    tokenizer = Tokenizer(MODEL / "tokenizer.json")
+    text = load_text(MODEL)
     requests: list[Request] = []
     for index, line in enumerate(PROMPTS.read_text().splitlines()):
         fields = json.loads(line)
         prompt = fields.get("body", fields)["prompt"]
-        token_ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
+        token_ids = text.encode(prompt if isinstance(prompt, str) else tuple(prompt))
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, seed=index, ignore_eos=True)
         requests.append(Request(str(index), token_ids, params))
     return requests

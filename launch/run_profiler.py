@@ -19,14 +19,6 @@ from apex_jax.profile_table import Errors, ProfileTable, path_of, save
 from launch import command_line
 from launch.starting import create_engine
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="Python file with get_config(); --config.FIELD=VALUE overrides a field."
-)
-_OUTPUT = flags.DEFINE_string("output", None, "File for a copy of the profile.")
-_RECALIBRATE = flags.DEFINE_bool(
-    "recalibrate", False, "Measure again where a profile was kept already."
-)
-
 
 def describe(table: ProfileTable) -> str:
     """Return a profile for people to read: microseconds by stage and bucket."""
@@ -49,7 +41,7 @@ def describe(table: ProfileTable) -> str:
     return "\n".join(lines)
 
 
-def run(config: Config, output: Path | None) -> None:
+def run(config: Config, output: Path | None, *, recalibrate: bool) -> None:
     """Measure where there is no profile yet, or it is asked for; print it and keep it."""
     if not config.scheduler.has_host_lane:
         raise ConfigError(
@@ -60,7 +52,7 @@ def run(config: Config, output: Path | None) -> None:
     try:
         profiler = engine.profiler
         assert profiler is not None
-        table = None if config.profile.recalibrate else profiler.kept(config.profile, _say)
+        table = None if recalibrate else profiler.kept(config.profile, _say)
         if table is None:
             table = profiler.profile(_say)
             if config.profile.cache_dir:
@@ -92,20 +84,25 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    return command_line.parse_flags(argv, _CONFIG, (_CONFIG,))
-
-
 def main(argv: Sequence[str]) -> None:
     """Do what the flags say; what cannot be done is one line on stderr and status 2."""
-    del argv  # parse_flags has read it
-    config, output = _CONFIG.value, _OUTPUT.value
-    config.profile.recalibrate |= _RECALIBRATE.value
+    del argv  # the parser has read it
+    values = flags.FLAGS
+    output = None if values.output is None else Path(values.output)
     try:
-        run(config, None if output is None else Path(output))
+        run(values.config, output, recalibrate=values.recalibrate)
     except ConfigError as error:
         command_line.refuse(str(error))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    # Only here: other scripts have flags of the same names, and tests import several of them.
+    config_flag = config_flags.DEFINE_config_file(
+        "config", help_string="Python file with get_config(); --config.FIELD=VALUE overrides."
+    )
+    flags.DEFINE_string("output", None, "File for a copy of the profile.")
+    flags.DEFINE_bool("recalibrate", False, "Measure again where a profile was kept already.")
+    app.run(
+        main,
+        flags_parser=lambda argv: command_line.parse_flags(argv, config_flag, (config_flag,)),
+    )

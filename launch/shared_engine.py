@@ -9,6 +9,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,18 +19,29 @@ from apex_jax.backends.handles import HiddenHandle
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.buckets import Buckets
 from apex_jax.config import Config, SchedulerConfig
+from apex_jax.cost_model import Times
 from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch
 from apex_jax.engine import Engine
 from apex_jax.hardware import Handle, Job, Layers, Stage, StagedLayer, name_of
-from apex_jax.measured_times import MeasuredTimes
 from apex_jax.memory import MAX_TRANSIT_PAGES
 from apex_jax.plan import PrefillBatch
 from apex_jax.policies import Policy
 from apex_jax.scheduler import Scheduler
 from apex_jax.strategies import make_policy
 from apex_jax.timeline import Timeline
-from apex_jax.trace import LANES
+from apex_jax.trace import LANES, Event, TraceFile
+
+STRATEGIES = {
+    "device_only": SchedulerConfig(strategy="device_only"),
+    "full_offload": SchedulerConfig(strategy="full_offload"),
+    "asymmetric_pipelining": SchedulerConfig(strategy="asymmetric_pipelining"),
+    "async_overlap": SchedulerConfig(strategy="async_overlap"),
+    "staggered_2": SchedulerConfig(strategy="staggered", cohorts=2),
+    "staggered_4": SchedulerConfig(strategy="staggered", cohorts=4),
+    "passes_2": SchedulerConfig(strategy="passes", cohorts=2, passes=2),
+    "passes_4": SchedulerConfig(strategy="passes", cohorts=2, passes=4),
+}
 
 
 class Span(NamedTuple):
@@ -60,6 +72,17 @@ class SpanKeeper(Timeline):
     ) -> None:
         super().span(lane, name, start_sec, end_sec, work, **args)
         self.lanes[lane].append(Span(lane, name, start_sec, end_sec, args))
+
+    def write_trace(self, path: Path, from_sec: float, to_sec: float) -> None:
+        """Write the spans of a while to a file of their own, for launch.plot_timeline."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        trace = TraceFile(path, origin_sec=from_sec)
+        for spans in self.lanes.values():
+            for span in spans:
+                if from_sec <= span.start_sec and span.end_sec <= to_sec:
+                    trace.add(Event(*span))
+        trace.close()
 
 
 class WatchedBackend:
@@ -134,7 +157,11 @@ class SharedEngine:
         inner = self.whole._dispatch._backend
         assert isinstance(inner, XlaBackend)
         self.backend = watch(inner, self.whole.programs.buckets, self.device)
-        self.times = self._measure()
+        profiler = self.whole.profiler
+        assert profiler is not None
+        calibrated = profiler.calibrate()  # of idle hardware
+        self.measurements = calibrated.measurements
+        self.times: Times = calibrated  # predicting strategies go by them
 
     def make_policy(self, settings: SchedulerConfig) -> Policy:
         return make_policy(settings, self.times, self.whole.programs.num_layers)
@@ -190,12 +217,6 @@ class SharedEngine:
 
     def close(self) -> None:
         self.whole.close()
-
-    def _measure(self) -> MeasuredTimes:
-        """Return stage times of idle hardware; predicting strategies go by them."""
-        profiler = self.whole.profiler
-        assert profiler is not None
-        return profiler.calibrate()
 
 
 def use_two_cpu_devices(*, one_core_each: bool) -> None:

@@ -20,6 +20,15 @@ def create_engine(
     config: Config, on_progress: Callable[[str], None], timeline: Timeline | None = None
 ) -> "Engine":
     """Return an engine; ConfigError says what cannot be had."""
+    on_progress("starting JAX")
+    prepare_jax(config)
+    from apex_jax.engine import Engine
+
+    return Engine.create(config, on_progress, timeline)
+
+
+def prepare_jax(config: Config) -> None:
+    """Tell JAX what it must know before it looks for devices."""
     # JAX takes 75 % of a GPU, and what it does not take no KV cache can use.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
@@ -33,7 +42,3 @@ def create_engine(
         import jax
 
         jax.config.update("jax_num_cpu_devices", 2)  # one may have to stand in for a GPU
-    on_progress("starting JAX")
-    from apex_jax.engine import Engine
-
-    return Engine.create(config, on_progress, timeline)

@@ -26,14 +26,6 @@ from apex_jax.config import LlamaConfig
 from apex_jax.models.llama import Llama
 from launch.demo_corpus import collect_documents
 
-_OUTPUT = flags.DEFINE_string("output", "runs/demo_model", "Folder to write the model to.")
-_STEPS = flags.DEFINE_integer(
-    "steps", 4000, "Optimizer steps of 1024 or 2048 tokens.", lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak of the cosine schedule.")
-_EXPORT_EVERY = flags.DEFINE_integer("export_every", 500, "Steps between evaluations and exports.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the windows.")
-
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 BOS_ID, EOS_ID = 0, 1  # the trainer numbers special tokens first
 HELD_OUT_EVERY = 50  # every 50th document (2 %) is never trained on
@@ -219,7 +211,7 @@ def export(model: Llama, tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) 
 
 
 def new_model() -> Llama:
-    model = Llama(ARCHITECTURE, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(_SEED.value))
+    model = Llama(ARCHITECTURE, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(flags.FLAGS.seed))
     for layer in model.layers:  # so that the residual stream starts as the embedding alone
         for linear in (layer.o_proj, layer.down_proj):
             linear.weight[...] = jnp.zeros_like(linear.weight[...])
@@ -229,7 +221,7 @@ def new_model() -> Llama:
 def new_optimizer(model: Llama, num_steps: int) -> nnx.Optimizer[Llama]:
     warmup_steps = min(100, num_steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, _LEARNING_RATE.value, warmup_steps, num_steps
+        0.0, flags.FLAGS.learning_rate, warmup_steps, num_steps
     )
     transform = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -257,10 +249,10 @@ def main(argv: list[str]) -> None:
         flush=True,
     )
 
-    shapes = [shape for share, *shape in PHASES for _ in range(round(share * _STEPS.value))]
-    model, folder = new_model(), pathlib.Path(_OUTPUT.value)
+    shapes = [shape for share, *shape in PHASES for _ in range(round(share * flags.FLAGS.steps))]
+    model, folder = new_model(), pathlib.Path(flags.FLAGS.output)
     optimizer = new_optimizer(model, len(shapes))
-    rng = np.random.default_rng(_SEED.value)
+    rng = np.random.default_rng(flags.FLAGS.seed)
     started_sec, losses = time.monotonic(), []
     for step, (rows, length) in enumerate(shapes, start=1):
         losses.append(train_step(model, optimizer, draw_windows(rng, stream, starts, rows, length)))
@@ -270,7 +262,7 @@ def main(argv: list[str]) -> None:
                 f"{np.mean(losses[-100:]):.3f}, {time.monotonic() - started_sec:.0f} s",
                 flush=True,
             )
-        if step % _EXPORT_EVERY.value == 0:
+        if step % flags.FLAGS.export_every == 0:
             export(model, tokenizer, folder)
             print(f"held-out loss {held_out_loss(model, held_out, 256):.3f}; saved to {folder}")
 
@@ -286,4 +278,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # Only here: other scripts have flags of the same names, and tests import several of them.
+    flags.DEFINE_string("output", "runs/demo_model", "Folder to write the model to.")
+    flags.DEFINE_integer("steps", 4000, "Optimizer steps of 1024 or 2048 tokens.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 2e-3, "Peak of the cosine schedule.")
+    flags.DEFINE_integer("export_every", 500, "Steps between evaluations and exports.")
+    flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the windows.")
     app.run(main)

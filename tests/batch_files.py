@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import sentencepiece
 import tokenizers
 from fake_engine import FakeEngine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -122,3 +123,31 @@ def write_sentence_tokenizer(folder: Path) -> Path:
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
+    "def read(path):  return open(path).read()  # 100 lines\n",
+    "Les \u00e9l\u00e8ves ont mang\u00e9 des cr\u00eapes; na\u00efve caf\u00e9, d\u00e9j\u00e0.",
+    "\u041c\u043e\u0441\u043a\u0432\u0430: 1234567890 \u20ac, hello world, hello there.",
+)
+
+
+def write_sentence_piece(folder: Path, **options) -> Path:
+    """A tokenizer.model trained on a few sentences, by default as Llama 2's: BPE with bytes."""
+    llama = {
+        "model_type": "bpe",
+        "vocab_size": 420,
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 5),
+        model_prefix=str(folder / "tokenizer"),
+        num_threads=1,
+        minloglevel=2,
+        **{**llama, **options},
+    )
+    return folder / "tokenizer.model"

@@ -1,8 +1,10 @@
 """What float64 chooses, greedily or by sampling, and by what margin: the near-tie rule for both.
 
 Logits are the reference's; the noise is the engine's own, which test_sampling holds to its recipe.
+What modifies scores is written here once more, token by token, from what the parameters mean.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +16,7 @@ import reference
 from apex_jax import sampling
 from apex_jax.config import LlamaConfig
 from apex_jax.plan import HeadBatch
-from apex_jax.request import Request
+from apex_jax.request import Request, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,21 @@ def choices_along(
 ) -> Choices:
     """Return what float64 chooses at each position of texts that continue the requests.
 
-    Right is what leads a text up to the first difference, where its comparison ends.
+    Right is what leads a text up to the first difference, where its comparison ends. Texts go on to
+    max_tokens, or to a token that stops them.
     """
     chosen = Choices([], [], [])
     for request, tokens in zip(requests, texts, strict=True):
-        assert len(tokens) == request.sampling.max_tokens
+        params = request.sampling
+        assert len(tokens) == params.max_tokens or tokens[-1] in params.stop_token_ids
         prompt = list(request.prompt_token_ids)
         logits_tv = reference.logits(model, tensors, [*prompt, *tokens[:-1]])[len(prompt) - 1 :]
         made = [
-            reference_choice(request, logits_v, len(prompt) + index)
+            reference_choice(
+                request,
+                modified(params, params.stop_token_ids, prompt, tokens[:index], logits_v),
+                len(prompt) + index,
+            )
             for index, logits_v in enumerate(logits_tv)
         ]
         chosen.tokens.append([int(token) for token, _ in made])
@@ -65,6 +73,32 @@ def assert_reference_chooses(
     choices_along(model, tensors, requests, got).assert_are(got)
 
 
+def modified(
+    params: SamplingParams,
+    stop_token_ids: Sequence[int],
+    prompt: Sequence[int],
+    output: Sequence[int],
+    logits_v: np.ndarray,
+) -> np.ndarray:
+    """Return the scores of the token after some output: biased, penalised, masked."""
+    scores_v = logits_v.astype(np.float64)
+    for token_id, bias in params.logit_bias.items():
+        scores_v[token_id] += bias
+    for token_id in {*prompt, *output}:
+        score, penalty = scores_v[token_id], params.repetition_penalty
+        scores_v[token_id] = score / penalty if score > 0 else score * penalty
+    for token_id in output:
+        scores_v[token_id] -= params.frequency_penalty
+    for token_id in set(output):
+        scores_v[token_id] -= params.presence_penalty
+    if len(output) < params.min_tokens:
+        scores_v[list(stop_token_ids)] = -np.inf
+    for *before, last in params.bad_words:
+        if list(output[len(output) - len(before) :]) == before and len(before) <= len(output):
+            scores_v[last] = -np.inf
+    return scores_v
+
+
 def noise(request, position, num_tokens):
     """The engine's own noise: what is tested here is where it lands, test_sampling has the rest."""
     head = HeadBatch.of([0], [0], [position], [request.sampling])
@@ -72,6 +106,7 @@ def noise(request, position, num_tokens):
         head.temperatures_b,
         head.top_ks_b,
         head.top_ps_b,
+        head.min_ps_b,
         jnp.asarray(head.seeds_b2),
         np.zeros(1, np.int32),
         head.positions_b,
@@ -90,16 +125,20 @@ def reference_choice(request, logits_v, position):
     if params.temperature == 0:
         return order[0], logits_v[order[0]] - logits_v[order[1]]
     scores = logits_v[order] / params.temperature
-    if params.top_k:
-        scores = scores[: params.top_k]
-    mass = np.cumsum(np.exp(scores - scores.max()))
-    mass /= mass[-1]
-    noisy = scores + noise(request, position, len(order))[order[: len(scores)]]
-    winners, gap = set(), np.inf
-    for top_p in (params.top_p - 1e-5, params.top_p, params.top_p + 1e-5):
-        num_kept = int((mass < top_p).sum()) + 1 if top_p < 1 else len(scores)
+    noisy = scores + noise(request, position, len(order))[order]
+    winners, gap = [], np.inf
+    for share, shift in itertools.product((1, 1 - 1e-5, 1 + 1e-5), (0, -1e-5, 1e-5)):
+        num_kept = len(scores)
+        if params.min_p:
+            lowest = scores[0] + np.log(min(params.min_p * share, 1))
+            num_kept = int((scores >= lowest).sum())
+        if params.top_k:
+            num_kept = min(num_kept, params.top_k)
+        mass = np.cumsum(np.exp(scores[:num_kept] - scores[0]))
+        if params.top_p < 1:
+            num_kept = int((mass / mass[-1] < params.top_p + shift).sum()) + 1
         best = np.argsort(-noisy[:num_kept])[:2]
-        winners.add(order[best[0]])
+        winners.append(order[best[0]])
         if len(best) > 1:
             gap = min(gap, noisy[best[0]] - noisy[best[1]])
-    return order[noisy[:num_kept].argmax()], gap * params.temperature * (len(winners) == 1)
+    return winners[0], gap * params.temperature * (len(set(winners)) == 1)

@@ -42,7 +42,11 @@ def fake_tokens(request: Request) -> tuple[int, ...]:
     """What the request yields, whenever and wherever it runs."""
     what = {"prompt": request.prompt_token_ids, "sampling": asdict(request.sampling)}
     digest = hashlib.sha256(canonical_json(what)).digest()
-    return tuple(digest[i % 32] for i in range(1 + digest[0] % request.sampling.max_tokens))
+    tokens = tuple(digest[i % 32] for i in range(1 + digest[0] % request.sampling.max_tokens))
+    if request.is_last is not None:
+        num_tokens = next((i for i, one in enumerate(tokens, 1) if request.is_last(one)), None)
+        tokens = tokens[:num_tokens]
+    return tokens
 
 
 class FakeEngine:
@@ -92,6 +96,11 @@ class FakeEngine:
         self.waiting.append(request)
         self.most_waiting = max(self.most_waiting, len(self.waiting))
 
+    def cancel(self, request_id: str) -> bool:
+        self.waiting = [one for one in self.waiting if one.request_id != request_id]
+        self.running.pop(request_id, None)
+        return True
+
     def step(self) -> list[RequestOutput]:
         start_sec = time.perf_counter()
         time.sleep(self.step_sec)
@@ -122,6 +131,9 @@ class FakeEngine:
 
     def describe(self) -> str:
         return "strategy   fake"
+
+    def log_decisions(self, on_decision):
+        self.on_decision = on_decision
 
     def metrics(self):
         return {

@@ -32,7 +32,7 @@ from apex_jax.hardware import (
     StagedLayer,
     WritePages,
 )
-from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
+from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch, Sampled
 
 VOCAB_SIZE = 50
 NOTHING = -1
@@ -100,10 +100,10 @@ class PaperHandle:
     is_done: bool = False
     is_taken: bool = False
 
-    def read(self) -> np.ndarray:
+    def read(self) -> Sampled:
         assert self.backend.wait_any([self], np.inf) is self, "nothing will ever make it ready"
         assert isinstance(self.value, np.ndarray), "only a head has tokens"
-        return self.value
+        return Sampled(self.value)
 
 
 @dataclass(frozen=True)

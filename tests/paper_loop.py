@@ -1,5 +1,7 @@
 """The engine's loop on paper: real scheduler and dispatch over a backend that computes nothing."""
 
+import dataclasses
+
 from paper_backend import VOCAB_SIZE, Pace, PaperBackend, expected_output
 
 from apex_jax.buckets import HostLimits, choose
@@ -115,13 +117,36 @@ def make_request(name, prompt, max_tokens, **sampling):
     return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **sampling))
 
 
+class Watcher:
+    """Ends an output with its token number `num_tokens`, and sees that each comes once."""
+
+    def __init__(self, num_tokens):
+        self.num_tokens, self.seen = num_tokens, []
+
+    def is_last(self, token):
+        assert len(self.seen) < self.num_tokens, "asked after the end"
+        self.seen.append(token)
+        return len(self.seen) == self.num_tokens
+
+
+def make_watched_request(name, prompt, max_tokens, num_tokens, **sampling):
+    request = make_request(name, prompt, max_tokens, **sampling)
+    return dataclasses.replace(request, is_last=Watcher(num_tokens).is_last)
+
+
 def check(output):
     request = output.request
+    watcher = None if request.is_last is None else request.is_last.__self__
     stops = frozenset(request.sampling.stop_token_ids)
     stops = stops if request.sampling.ignore_eos else stops | EOS
     expected = expected_output(request.prompt_token_ids, request.sampling.max_tokens, stops)
+    ends_by_token = expected[-1] in stops
+    is_cut = watcher is not None and watcher.num_tokens < len(expected) + (not ends_by_token)
+    if watcher is not None:
+        expected = expected[: watcher.num_tokens]
+        assert watcher.seen == expected[: -1 if ends_by_token and not is_cut else None]
     assert list(output.token_ids) == expected
-    ended = FinishReason.STOP if expected[-1] in stops else FinishReason.LENGTH
+    ended = FinishReason.STOP if ends_by_token or is_cut else FinishReason.LENGTH
     assert output.finish_reason == ended
     assert output.arrival_sec <= output.first_token_sec <= output.finish_sec
     assert 0 <= output.num_host_tokens <= len(output.token_ids)

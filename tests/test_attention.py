@@ -305,8 +305,10 @@ def test_the_prefill_stage_is_deaf_to_what_others_left():
         vocab_size=8,
         max_position_embeddings=64,
     )
-    graph, _ = weights.graphs(model, np.dtype("float32"))
-    layers = weights.dummy(model, np.dtype("float32"), jax.devices()[0], seed=0).layers
+    make_layer = weights.layer_maker(model, np.dtype("float32"))
+    layers = tuple(
+        jax.tree.leaves(weights.dummy(model, np.dtype("float32"), jax.devices()[0], seed=0).layers)
+    )
     x_btd = random(np.random.default_rng(6), (2, 16, 32), "float32")
     batch = PrefillBatch(
         np.zeros((1, 16), np.int32),
@@ -315,7 +317,7 @@ def test_the_prefill_stage_is_deaf_to_what_others_left():
         np.array([[3]], np.int32),
     )
     arrays = PrefillArrays(*map(jnp.asarray, pack_prefill(batch, rows=2, context_pages=8)))
-    stage = jax.jit(partial(stages.layers_prefill, graph, 2))
+    stage = jax.jit(partial(stages.layers_prefill, make_layer, 2))
     last = []
     for left in (0.0, np.nan):
         pages = (LayerPages(*(jnp.full((6, 1, 8, 16), left, jnp.float32) for _ in range(2))),)

@@ -24,6 +24,7 @@ from batch_files import (
 )
 from fake_engine import FakeEngine, fake_tokens
 
+from apex_jax.batch.decision_log import DecisionLog
 from apex_jax.batch.identity import differences
 from apex_jax.batch.journal import Journal
 from apex_jax.batch.lines import RawLine, parse_line
@@ -32,6 +33,7 @@ from apex_jax.batch.statistics import Statistics, format_bytes, format_duration,
 from apex_jax.config import ConfigError, SamplingDefaults
 from apex_jax.overlap import Figures
 from apex_jax.request import FinishReason, Request, RequestOutput, SamplingParams
+from apex_jax.text.tokenizer import JsonTokenizer
 
 BAD_LINES = [
     "not json\n",
@@ -106,6 +108,102 @@ def test_stop_token_is_in_token_ids_but_not_in_text(job):
     choice = line["response"]["body"]["choices"][0]
     assert choice["token_ids"] == [65, 66, 67]
     assert choice["text"] == "bc"
+    assert choice["stop_reason"] == 67
+
+
+def test_stop_strings_end_outputs(job):
+    tokenizer = JsonTokenizer(write_byte_tokenizer(job.folder))
+
+    class Speaking(FakeEngine):
+        def step(self):
+            outputs = []
+            for request in self.waiting:
+                tokens = tokenizer.encode("one two three", add_special_tokens=False)
+                count = next((i for i, one in enumerate(tokens, 1) if request.is_last(one)), None)
+                reason = FinishReason.LENGTH if count is None else FinishReason.STOP
+                times = (0.0, 1.0, 2.0)
+                outputs.append(RequestOutput(request, tokens[:count], reason, *times, 0, 0))
+            self.waiting.clear()
+            return outputs
+
+    stops = {
+        "a": {"stop": " t"},
+        "b": {"stop": ["?", " two"], "include_stop_str_in_output": True},
+        "c": {"stop": "four"},
+    }
+    lines = [{"custom_id": name, "prompt": "x", **stop} for name, stop in stops.items()]
+    write_lines(job.input, lines)
+    assert job.run(engine=Speaking) == 0
+    items = read_output(job.output)
+    choices = [item["response"]["body"]["choices"][0] for item in items]
+    assert [choice["text"] for choice in choices] == ["one", "one two", "one two three"]
+    assert [choice["stop_reason"] for choice in choices] == [" t", " two", None]
+    assert [choice["finish_reason"] for choice in choices] == ["stop", "stop", "length"]
+    assert [len(choice["token_ids"]) for choice in choices] == [5, 7, 13]
+    assert items[0]["response"]["body"]["usage"]["completion_tokens"] == 5
+
+    job.output.write_bytes(job.output.read_bytes()[:20])
+    assert job.run(engine=Speaking) == 0
+    assert without_time(read_output(job.output)) == without_time(items)
+
+
+def test_stop_strings_need_a_tokenizer(job):
+    write_lines(job.input, [{"custom_id": "a", "prompt": [1], "stop": "x"}])
+    assert job.run() == 1
+    (line,) = read_output(job.output)
+    assert line["error"]["message"] == (
+        f"stop is text, and there is no {job.folder}/tokenizer.json or tokenizer.model: give "
+        "stop_token_ids"
+    )
+
+
+def write_template(folder, template):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": template, "bos_token": "<bos>"}))
+
+
+def test_chat_line(job):
+    write_byte_tokenizer(job.folder)
+    write_template(job.folder, "{{ bos_token }}{{ messages[0].content }}:")
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    write_lines(job.input, [{"custom_id": "a", "url": "/v1/chat/completions", "body": body}])
+    assert job.run() == 0
+    (line,) = read_output(job.output)
+    body = line["response"]["body"]
+    (choice,) = body["choices"]
+    assert body["id"].startswith("chatcmpl-")
+    assert body["object"] == "chat.completion"
+    assert set(choice["message"]) == {"role", "content"}
+    assert choice["message"]["role"] == "assistant"
+    assert isinstance(choice["message"]["content"], str)
+    assert "text" not in choice
+    assert body["usage"]["prompt_tokens"] == 4  # <bos>, h, i, :
+
+    write_template(job.folder, "other")
+    assert job.run() == 2
+    assert "belongs to another job: chat_template_sha256 was" in job.said
+
+
+def test_a_resumed_job_tells_chats_the_time_of_its_first_start(job):
+    write_byte_tokenizer(job.folder)
+    write_template(job.folder, "{{ strftime_now('%f') }}")
+    prompts = []
+
+    class Listening(FakeEngine):
+        def submit(self, request):
+            prompts.append(request.prompt_token_ids)
+            super().submit(request)
+
+    line = {"custom_id": "a", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    write_lines(job.input, [line])
+    assert job.run(engine=Listening) == 0
+    whole = job.output.read_bytes()
+    write_lines(job.input, [line, {**line, "custom_id": "b"}])
+    assert job.run(engine=Listening) == 0
+    assert job.output.read_bytes().startswith(whole)
+    assert prompts[0] == prompts[1]
+    assert job.run(engine=Listening, overwrite=True) == 0
+    assert prompts[2] == prompts[3] != prompts[1]
 
 
 def test_every_line_is_answered_once_and_bad_ones_say_why(job):
@@ -122,7 +220,8 @@ def test_every_line_is_answered_once_and_bad_ones_say_why(job):
         33: "line 33: custom_id is missing: it is what finds the result, and what resumes",
         34: "516 tokens, and the limit is 200",
         35: "line 35: custom_id is that of line 4 already; every line needs its own",
-        36: f"prompt is text, and there is no {job.folder}/tokenizer.json: give prompt_token_ids",
+        36: f"prompt is text, and there is no {job.folder}/tokenizer.json or tokenizer.model: give "
+        "prompt_token_ids",
     }
     assert [errors[line]["custom_id"] for line in (31, 32, 33, 34, 35)] == [
         None,
@@ -311,6 +410,40 @@ def test_a_trace_is_written_and_said(job):
     shown = {name for event in sweeps for name in event["args"]["requests"]}
     assert shown == {f"r{number}" for number in range(30)}
     assert job.said.splitlines()[-1] == f"trace      {len(sweeps)} events in {trace}"
+
+
+def choosing(folder):
+    config = make_config(folder)
+    config.scheduler.strategy = "apex"
+    return config
+
+
+def test_decisions_are_written_and_said(job):
+    class Choosing(FakeEngine):
+        def step(self):
+            self.on_decision({"sweep": self.num_sweeps})
+            return super().step()
+
+    write_input(job)
+    decisions = job.folder / "decisions.jsonl"
+    assert job.run(config=choosing(job.folder), engine=Choosing, decisions=decisions) == 0
+    logged = [json.loads(line)["sweep"] for line in decisions.read_text().splitlines()]
+    assert logged == list(range(len(logged)))
+    assert job.said.splitlines()[-1] == f"decisions  of {len(logged)} sweeps in {decisions}"
+
+
+def test_a_disk_that_fills_ends_the_decisions_and_not_the_job():
+    log = DecisionLog(Path("/dev/full"))
+    for _ in range(3):
+        log.write({"reason": "x" * 100_000})
+    log.close()
+    assert log.describe().startswith("error: cannot write /dev/full: No space left on device")
+
+
+def test_a_strategy_that_chooses_nothing_has_no_decisions(job):
+    write_input(job, 2)
+    assert job.run(decisions=job.folder / "decisions.jsonl") == 2
+    assert "strategy 'device_only' decides nothing; use --config.scheduler" in job.said
 
 
 def test_a_trace_of_a_job_that_fails_is_whole(job):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_jax.batch import lines as batch_lines
+from apex_jax.batch.chat_fields import CHAT_FIELDS
 from apex_jax.batch.fields import BODY_FIELDS, NEUTRAL_VALUES, SAMPLING_FIELDS
 from apex_jax.batch.lines import (
     BadLine,
@@ -21,6 +22,7 @@ from apex_jax.batch.lines import (
 )
 from apex_jax.config import ConfigError, SamplingDefaults
 from apex_jax.request import SamplingParams
+from apex_jax.text.chat import Chat
 
 DEFAULTS = SamplingDefaults()
 JSON = st.recursive(
@@ -39,7 +41,7 @@ def parse(item, defaults=DEFAULTS):
 def refusal(item) -> str:
     entry = parse(item)
     assert isinstance(entry, BadLine), entry
-    assert len(entry.message) < 600
+    assert len(entry.message) < 800
     return entry.message
 
 
@@ -61,11 +63,42 @@ def test_both_formats_say_the_same():
         "seed": 9,
         "stop_token_ids": [1, 2],
         "ignore_eos": True,
+        "stop": ["x", "yy"],
+        "include_stop_str_in_output": True,
+        "min_p": 0.25,
+        "min_tokens": 2,
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"17": -100, "5": 2.5},
+        "bad_words": ["no", [3, 4]],
+        "logprobs": 5,
+        "prompt_logprobs": 0,
     }
     one, two = parse(plain(**fields)), parse(openai(**fields))
-    assert one == two
+    assert (one.model, two.model) == (None, "m")
+    assert one == dataclasses.replace(two, model=None)
     assert isinstance(one, BatchRequest)
-    assert one.sampling == SamplingParams(3, 0.0, 5, 0.5, 9, (1, 2), True)
+    assert one.sampling == SamplingParams(
+        max_tokens=3,
+        temperature=0.0,
+        top_k=5,
+        top_p=0.5,
+        seed=9,
+        stop_token_ids=(1, 2),
+        ignore_eos=True,
+        min_p=0.25,
+        min_tokens=2,
+        presence_penalty=-2.0,
+        frequency_penalty=0.5,
+        repetition_penalty=1.5,
+        logit_bias={17: -100.0, 5: 2.5},
+        bad_words=("no", (3, 4)),
+        logprobs=5,
+        prompt_logprobs=0,
+        stop=("x", "yy"),
+        include_stop_str_in_output=True,
+    )
     assert set(fields) == set(SAMPLING_FIELDS)
 
 
@@ -76,6 +109,132 @@ def test_defaults_and_nulls():
     assert parse(nulls, defaults) == one
     seed = derive_seed(1, "a")
     assert one.sampling == SamplingParams(7, 0.25, 3, 0.5, seed)
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [("x", ("x",)), (["x"], ("x",)), ([], ()), (list("abcde"), tuple("abcde"))],
+)
+def test_stop_forms(stop, expected):
+    assert parse(plain(stop=stop)).sampling.stop == expected
+
+
+def chat(*messages, **fields) -> dict:
+    said = messages or ({"role": "user", "content": "hi"},)
+    return {"custom_id": "a", "messages": list(said), **fields}
+
+
+def openai_chat(item) -> dict:
+    body = {key: value for key, value in item.items() if key != "custom_id"}
+    return {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+    ],
+)
+def test_logprobs_of_a_chat(fields, expected):
+    assert parse(chat(**fields)).sampling.logprobs == expected
+
+
+def test_both_formats_of_a_chat_say_the_same():
+    item = chat(
+        {"role": "system", "content": ""},
+        {"role": "user", "content": [{"type": "text", "text": x} for x in ("a", "", "b")]},
+        {"role": "assistant", "content": "c", "name": "d", "refusal": None, "tool_calls": []},
+        max_completion_tokens=7,
+        temperature=0,
+        tools=[],
+        tool_choice="none",
+        response_format={"type": "text"},
+        chat_template_kwargs={"date_string": "today"},
+    )
+    one, two = parse(item), parse(openai_chat(item))
+    assert one == two
+    assert one.prompt == Chat(
+        (
+            {"role": "system", "content": ""},
+            {"role": "user", "content": "a\n\nb"},
+            {"role": "assistant", "content": "c", "name": "d"},
+        ),
+        {"date_string": "today"},
+    )
+    assert one.sampling.max_tokens == 7
+    del item["max_completion_tokens"]
+    assert parse({**item, "max_tokens": 7}) == one
+    assert parse({**item, "max_tokens": 7, "max_completion_tokens": 7}) == one
+    assert parse({**openai_chat({**item, "max_tokens": 7}), "url": None}) == one
+    assert parse({**item, "max_tokens": 7, "chat_template_kwargs": None}).sha256 != one.sha256
+    assert parse(chat()).sha256 != parse(plain()).sha256
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (chat(messages=None), "messages is null; it must be an array of messages"),
+        (chat(messages="hi"), "messages is 'hi'; it must be an array of messages"),
+        (chat(messages=[]), "messages is empty"),
+        (chat("hi"), "messages[0] is 'hi'; it must be an object"),
+        (chat({"content": "x"}), "messages[0].role is null: known are system, developer, user"),
+        (chat({"role": "usr", "content": "x"}), "messages[0].role is 'usr': did you mean user?"),
+        (chat({"role": "user"}), "messages[0].content is null; it must be a string or an array"),
+        (chat({"role": "user", "content": 3}), "messages[0].content is 3; it must be a string"),
+        (
+            chat({"role": "user", "content": "a\ud800"}),
+            "messages[0].content has half a surrogate pair",
+        ),
+        (
+            chat({"role": "user", "content": ["x"]}),
+            "messages[0].content[0] is 'x'; it must be an object",
+        ),
+        (
+            chat({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}),
+            "messages[0].content[0] is of type 'image_url'; this version reads text only",
+        ),
+        (
+            chat({"role": "user", "content": [{"type": "text"}]}),
+            "messages[0].content[0].text is null; it must be a string",
+        ),
+        (
+            chat({"role": "user", "content": [{"type": "text", "text": "x", "z": 1}]}),
+            "messages[0].content[0] has an unknown field 'z'",
+        ),
+        (
+            chat({"role": "assistant", "content": "", "tool_calls": [{}]}),
+            "messages[0].tool_calls is an array of 1, which this version does not do",
+        ),
+        (
+            chat({"role": "user", "content": "", "contents": 1}),
+            "messages[0] has an unknown field 'contents': did you mean content?",
+        ),
+        (chat({"role": "user", "content": "", "name": 3}), "messages[0].name is 3; it must be a"),
+        (chat(tools=[{}]), "tools is an array of 1, which this version does not do"),
+        (chat(response_format={"type": "json_object"}), "response_format is an object of 1 fields"),
+        (chat(n=2), "n is 2, which this version does not do"),
+        (chat(chat_template_kwargs=[]), "chat_template_kwargs is an array of 0; it must be an"),
+        (chat(chat_template_kwargs={"tools": 1}), "chat_template_kwargs may not set tools"),
+        (
+            chat(max_tokens=1, max_completion_tokens=2),
+            "max_tokens is 1 and max_completion_tokens 2: they mean the same, give one of them",
+        ),
+        (chat(max_completion_tokens=0), "max_tokens is 0; it must be at least 1"),
+        (chat(logprobs=3), "logprobs is 3; it must be true or false"),
+        (chat(top_logprobs=3), "top_logprobs is 3: it needs logprobs, as true"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs is 21; it must be between 0 and 20"),
+        (chat(logprobs=True, top_logprobs="x"), "top_logprobs is 'x'; it must be an integer"),
+        (chat(suffix="x"), "unknown field 'suffix'"),
+        (chat(prompt="x"), "unknown field 'prompt': /v1/chat/completions takes messages"),
+        (chat(mesages=[]), "unknown field 'mesages': did you mean messages?"),
+    ],
+)
+def test_chats_are_refused_by_name(item, message):
+    assert message in refusal(item)
+    assert message in refusal(openai_chat(item))
 
 
 def test_seeds_differ_between_requests_and_jobs_only():
@@ -96,10 +255,14 @@ def test_hash_covers_the_resolved_request():
             plain(ignore_eos=True),
             plain(seed=1),
             plain(custom_id="b"),
+            plain(min_p=0.5),
+            plain(logit_bias={"1": 1}),
+            plain(bad_words=["x"]),
+            plain(logprobs=0),
             {"custom_id": "a", "prompt": [1, 2]},
         )
     ]
-    assert len({base.sha256, *others}) == 7
+    assert len({base.sha256, *others}) == 11
 
 
 @pytest.mark.parametrize(
@@ -156,21 +319,43 @@ def test_prompt_forms(prompt, expected):
         ({"n": True}, "n is true, which this version does not do"),
         ({"best_of": 3}, "best_of is 3, which this version does not do"),
         ({"stream": True}, "stream is true, which this version does not do"),
-        (
-            {"stop": ["\n"]},
-            "stop is an array of 1, which this version does not do: use stop_token_",
-        ),
-        ({"stop": "x"}, "stop is 'x', which this version does not do"),
-        ({"logprobs": 0}, "logprobs is 0, which this version does not do"),
+        ({"stop": 3}, "stop is 3; it must be a string or an array of strings"),
+        ({"stop": ""}, "stop is empty"),
+        ({"stop": ["x", ""]}, "stop[1] is empty"),
+        ({"stop": ["x", None]}, "stop[1] is null; it must be a string"),
+        ({"stop": "a\ud800"}, "stop has half a surrogate pair at character 1"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output is 1; it must be true or"),
+        ({"model": 3}, "model is 3; it must be a string"),
+        ({"logprobs": True}, "logprobs is true; it must be an integer"),
+        ({"logprobs": 21}, "logprobs is 21; it must be between 0 and 20"),
+        ({"top_logprobs": 2}, "unknown field 'top_logprobs': /v1/completions calls it logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs is -1; it must be between 0 and 20"),
         ({"echo": True}, "echo is true"),
         ({"suffix": "x"}, "suffix is 'x'"),
-        ({"logit_bias": {"1": 2}}, "logit_bias is an object of 1 fields"),
-        ({"presence_penalty": 0.5}, "presence_penalty is 0.5"),
-        ({"frequency_penalty": -1}, "frequency_penalty is -1"),
-        ({"min_p": 0.1}, "min_p is 0.1"),
+        ({"logit_bias": [1]}, "logit_bias is an array of 1; it must be an object of token ids to"),
+        ({"logit_bias": {"a": 2}}, "logit_bias has the key 'a', which is no token id"),
+        ({"logit_bias": {"-1": 2}}, "logit_bias has the key '-1', which is no token id"),
+        ({"logit_bias": {"9" * 10: 2}}, "logit_bias has the key '9999999999', which is no token"),
+        ({"logit_bias": {"7": 1, "07": 2}}, "logit_bias has token id 7 twice"),
+        ({"logit_bias": {"7": "x"}}, "logit_bias[7] is 'x'; it must be a number"),
+        ({"logit_bias": {"7": 101}}, "logit_bias[7] is 101.0; it must be between -100 and 100"),
+        (
+            {"logit_bias": {str(index): 1 for index in range(1025)}},
+            "logit_bias is a list of 1025; it must be one of at most 1024",
+        ),
+        ({"presence_penalty": 2.5}, "presence_penalty is 2.5; it must be between -2 and 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3.0; it must be between -2 and 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0.0; it must be between 0.01 and 100"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must be between 0 and 1"),
+        ({"min_tokens": -1}, "min_tokens is -1; it must be between 0 and max_tokens, which is 16"),
+        ({"min_tokens": 17}, "min_tokens is 17; it must be between 0 and max_tokens, which is 16"),
+        ({"bad_words": "x"}, "bad_words is 'x'; it must be an array of texts or token ids"),
+        ({"bad_words": [""]}, "bad_words[0] is empty"),
+        ({"bad_words": ["x", []]}, "bad_words[1] is (); it must be text or token ids"),
+        ({"bad_words": [[1, "x"]]}, "bad_words[0][1] is 'x'; it must be an integer"),
+        ({"bad_words": [3]}, "bad_words[0] is 3; it must be a string"),
         ({"max_tokes": 3}, "unknown field 'max_tokes': did you mean max_tokens?"),
         ({"temprature": 3}, "unknown field 'temprature': did you mean temperature?"),
-        ({"messages": []}, "unknown field 'messages': /v1/chat/completions is not served"),
         ({"max_completion_tokens": 3}, "/v1/completions calls it max_tokens"),
         ({"zzzz": 3}, "unknown field 'zzzz': known are "),
     ],
@@ -184,7 +369,9 @@ def test_refused_by_name(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"url": "/v1/chat/completions"}, "url is '/v1/chat/completions'; this version serves"),
+        ({"url": "/v1/chat/completions"}, "field 'prompt': /v1/chat/completions takes messages"),
+        ({"url": "/v1/embeddings"}, "url is '/v1/embeddings'; this version serves /v1/completions"),
+        ({"body": {"messages": []}}, "field 'messages': /v1/chat/completions takes it"),
         ({"url": 3}, "url is 3; this version serves /v1/completions"),
         ({"method": "GET"}, "method is 'GET'; it must be POST"),
         ({"body": None}, "body is null; it must be an object"),
@@ -279,7 +466,7 @@ def test_long_lines_differ_by_their_end():
 def test_every_sampling_parameter_has_a_reader():
     for field in dataclasses.fields(SamplingParams):
         assert field.name in BODY_FIELDS
-        refusal(plain(**{field.name: {}}))
+        refusal(plain(**{field.name: {"": 0}}))
 
 
 @given(JSON)
@@ -287,9 +474,12 @@ def test_any_json_yields_a_request_or_an_error(value):
     assert isinstance(parse(value), BadLine)
 
 
-@given(st.dictionaries(st.sampled_from(["custom_id", "url", "method", "body", *BODY_FIELDS]), JSON))
+KNOWN_FIELDS = sorted({"custom_id", "url", "method", "body", *BODY_FIELDS, *CHAT_FIELDS})
+
+
+@given(st.dictionaries(st.sampled_from(KNOWN_FIELDS), JSON))
 def test_any_values_of_known_fields(item):
-    for one in (item, plain(**item), {"custom_id": "a", "body": item}):
+    for one in (item, plain(**item), {"custom_id": "a", "body": item}, {**chat(), **item}):
         entry = parse(one)
         assert isinstance(entry, BatchRequest) or entry.message
 

@@ -6,11 +6,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from launch import host_attention_table
 from launch.measuring import ResultFile, architecture, spread
+from launch.stopwatch import Stopwatch
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMES = ("sec", "p10_sec", "p90_sec")
@@ -168,6 +170,37 @@ def test_reference_says_why_it_is_skipped(tmp_path):
     assert content["left_out"] == {"decode": "torch is not installed"}
 
 
+def test_paced(tmp_path):
+    """Every strategy is run, predicted and held to the arithmetic."""
+    path = tmp_path / "paced.json"
+    content = smoke("bench_paced", path, f"--traces={tmp_path}")
+    names = ["device_only", "async_overlap", "staggered", "asymmetric_pipelining", "full_offload"]
+    for group in ("turns", "predictions", "medians"):
+        assert [row["strategy"] for row in content["groups"][group]] == names
+    assert content["device"]["source"].startswith("https://")
+    for row in content["groups"]["medians"]:
+        assert row["tokens_per_sec_min"] == row["tokens_per_sec"] > 0
+        assert row["over_predicted"] > 0
+        assert row["over_arithmetic"] > 0
+        assert row["device_rows"] + row["host_rows"] > 0
+        assert (tmp_path / f"{row['strategy']}.json").is_file()
+    (times,) = content["groups"]["times"]
+    assert times["host_job_sec"] + times["host_attention_sec_per_token"] > 0
+
+
+def test_paced_refuses_what_the_card_cannot_hold(tmp_path):
+    arguments = ("--config=configs/llama_3_1_8b.py", f"--output={tmp_path / 'paced.json'}")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.bench_paced", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "error: NVIDIA T4 has 15.00 GiB of memory, which cannot hold" in done.stderr
+
+
 @pytest.mark.slow
 def test_strategies(tmp_path):
     """In a steady state that is much too short and small for figures that mean anything."""
@@ -192,6 +225,68 @@ def test_strategies(tmp_path):
         spans = json.loads((tmp_path / f"{row['strategy']}.json").read_text())
         assert any(span["name"] == "head" for span in spans)
     assert summary[0]["ratio"] == 1
+
+
+@pytest.mark.slow
+def test_python_time(tmp_path):
+    content = smoke("bench_python", tmp_path / "python.json")
+    [(device_only, passes)] = content["groups"].values()
+    for row in (device_only, passes):
+        parts = [
+            value for key, value in row.items() if key.endswith("_sec") and key != "python_sec"
+        ]
+        assert sum(parts) == pytest.approx(row["python_sec"], rel=1e-4)
+        assert 0 < row["python_sec"] < 1
+        assert row["device_rows"] == 2
+    assert device_only["num_stages"] == 32 / 8 + 2, "embed, the layers, head"
+    assert device_only["tokens"] == 2
+    assert device_only["num_jobs"] == device_only["host_rows"] == 0
+    assert passes["host_rows"] == 4
+    assert passes["num_jobs"] > 2
+    assert passes["num_stages"] > 64
+
+
+def test_a_stopwatch_splits_time_into_what_each_part_took_itself():
+    now_sec = 0.0
+
+    def spend(seconds):
+        nonlocal now_sec
+        now_sec += seconds
+
+    stopwatch = Stopwatch(lambda: now_sec)
+    inner = stopwatch.wrap("inner", spend)
+
+    def outer_work():
+        spend(2)
+        inner(3)
+        inner(4)
+
+    outer = stopwatch.wrap("outer", outer_work)
+    spend(1)
+    outer()
+    assert stopwatch.take() == {"rest": 1, "outer": 2, "inner": 7}
+    with pytest.raises(TypeError):
+        inner("no time")
+    spend(5)
+    assert stopwatch.take() == {"rest": 5, "inner": 0}, "an exception ends a part too"
+
+
+def test_a_stopwatch_leaves_out_what_other_threads_do_and_what_it_takes_itself():
+    now_sec = 0.0
+
+    def clock():
+        nonlocal now_sec
+        now_sec += 0.5  # each reading
+        return now_sec
+
+    stopwatch = Stopwatch(clock)
+    nothing = stopwatch.wrap("nothing", lambda: None)
+    stopwatch.take()
+    thread = threading.Thread(target=nothing)
+    thread.start()
+    thread.join()
+    nothing()
+    assert stopwatch.take() == pytest.approx({"rest": 0.5, "nothing": 0}, abs=1e-3)
 
 
 @pytest.mark.slow

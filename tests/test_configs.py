@@ -241,3 +241,13 @@ def test_a_value_of_the_wrong_type_is_refused():
 def test_an_unknown_field_is_refused():
     with pytest.raises(KeyError, match="device_byte"):
         from_flags("default", "--config.cache.device_byte=5")
+
+
+def test_recalibrating_for_a_strategy_that_predicts_nothing_is_refused():
+    config = Config(model=get_config("llama_3_2_1b").model)
+    config.model.weights, config.profile.recalibrate = "dummy", True
+    config.scheduler.strategy = "apex"
+    validate(config)
+    config.scheduler.strategy = "staggered"
+    with pytest.raises(ConfigError, match="recalibrate is True; it must be left out: staggered"):
+        validate(config)

@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from apex_jax.correction import CorrectedTimes, Correction
@@ -68,14 +68,15 @@ def test_a_lasting_change_is_followed_within_twenty_sweeps(first, then):
     assert all(max(a / b, b / a) < 1.501 for a, b in zip([1.0, *factors], factors, strict=False))
 
 
-@given(st.integers(0, 10**6), st.floats(0.0, 0.1), st.floats(0.0, 0.1))
-@settings(max_examples=60)
-def test_it_is_followed_through_noise_and_outliers(seed, sigma, outlier_share):
-    steady = noisy(seed, 40, 1.0, sigma, outlier_share)
-    slowed = noisy(seed + 1, 40, 3.0, sigma, outlier_share)
-    factors = follow(steady + slowed)
-    assert all(abs(math.log(factor)) < 0.3 for factor in factors[:40])
-    assert all(factor == pytest.approx(3.0, rel=0.3) for factor in factors[60:])
+@pytest.mark.parametrize("sigma", [0.0, 0.05, 0.1])
+@pytest.mark.parametrize("outlier_share", [0.0, 0.05, 0.1])
+def test_it_is_followed_through_noise_and_outliers(sigma, outlier_share):
+    for seed in range(40):
+        steady = noisy(seed, 40, 1.0, sigma, outlier_share)
+        slowed = noisy(seed + 1000, 40, 3.0, sigma, outlier_share)
+        factors = follow(steady + slowed)
+        assert all(abs(math.log(factor)) < 0.3 for factor in factors[:40])
+        assert all(factor == pytest.approx(3.0, rel=0.3) for factor in factors[60:])
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.3])
@@ -98,8 +99,8 @@ def test_an_error_within_the_dead_band_is_left_alone():
     assert set(follow([1.04] * 30)) == {1.0}
 
 
-def test_little_is_known_after_four_sweeps():
-    assert follow([2.0] * 5) == [1, 1, 1, 1, pytest.approx(1.5)]
+def test_little_is_known_after_eight_sweeps():
+    assert follow([2.0] * 9) == [1] * 8 + [pytest.approx(1.5)]
     assert Correction().factor("never measured") == 1.0
 
 

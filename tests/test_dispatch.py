@@ -112,7 +112,7 @@ class Play:
         num_stages = len(self.backend.stages)
         handle = self.dispatch.launch(self.load.plan_sweep())
         rows = self.load.note_launched(handle)
-        for row, token in zip(rows, self.dispatch.read(handle).tolist(), strict=True):
+        for row, token in zip(rows, self.dispatch.read(handle).tokens_b.tolist(), strict=True):
             self.sequences[row].append(token)
         return self.backend.stages[num_stages:], handle.sampled_cohorts
 
@@ -163,7 +163,7 @@ def test_prefill_goes_first_then_decode_each_with_its_head():
     assert names(stages) == [Embed, *programs, Head, Embed, *programs, Head]
     assert [stage.first_layer for stage in stages if isinstance(stage, Layers)] == [0, 2, 4] * 2
     assert stages[5].batch is decode.decode
-    tokens = play.dispatch.read(handle).tolist()
+    tokens = play.dispatch.read(handle).tokens_b.tolist()
     assert tokens[:1] == expected_output(prompt, 1, frozenset())
     assert tokens[1:] == expected_output(play.sequences[0], 1, frozenset())
 
@@ -172,7 +172,7 @@ def test_a_chunk_in_mid_prompt_samples_nothing():
     play = Play(DeviceOnly())
     handle = play.launch(**prefill_plan([5, 6, 7], ends_prompt=False))
     assert names(play.backend.stages) == [Embed, Layers, Layers, Layers]
-    assert play.dispatch.read(handle).tolist() == []
+    assert play.dispatch.read(handle).tokens_b.tolist() == []
 
 
 # Cohorts
@@ -403,7 +403,9 @@ def host_prefill_parts(prompt, *, chunk_tokens, units_per_part, slot, host_pages
             end_unit=end,
             staging_pages_i=staging,
             host_pages_i=np.array(host_pages[:num_pages], np.int32),
-            head=head(row=0, slot=slot, position=len(prompt)) if end == num_units else None,
+            heads=((len(chunks) - 1, head(row=0, slot=slot, position=len(prompt))),)
+            if end == num_units
+            else (),
         )
         for first, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
@@ -420,7 +422,7 @@ def test_a_prompt_prefills_layer_by_layer_into_the_host(pace, units_per_part, ma
     )
     sequence = list(PROMPT)
     for part in parts:
-        sequence += play.dispatch.read(play.launch(host_prefill=part)).tolist()
+        sequence += play.dispatch.read(play.launch(host_prefill=part)).tokens_b.tolist()
     units = [stage for stage in play.backend.stages if isinstance(stage, StagedLayer)]
     assert [unit.layer for unit in units] == [
         layer for layer in range(NUM_LAYERS) for _ in range(3)
@@ -429,7 +431,7 @@ def test_a_prompt_prefills_layer_by_layer_into_the_host(pace, units_per_part, ma
         position = len(sequence) - 1
         decode = DecodeBatch(ints(2), ints(position), np.array([pages], np.int32))
         cohort = CohortBatch(0, decode, head(row=0, slot=2, position=position + 1))
-        sequence += play.dispatch.read(play.launch(cohorts=(cohort,))).tolist()
+        sequence += play.dispatch.read(play.launch(cohorts=(cohort,))).tokens_b.tolist()
     assert sequence == PROMPT + expected_output(PROMPT, 5, frozenset())
 
 
@@ -447,8 +449,8 @@ def test_a_host_prompt_goes_on_beside_device_rows_and_a_cohort():
             host_prefill=part,
         )
         rows = play.load.note_launched(handle)
-        tokens = play.dispatch.read(handle).tolist()
-        if part.head is not None:
+        tokens = play.dispatch.read(handle).tokens_b.tolist()
+        if part.heads:
             assert [tokens.pop(0)] == expected_output(PROMPT, 1, frozenset())
         for row, token in zip(rows, tokens, strict=True):
             play.sequences[row].append(token)
@@ -464,7 +466,7 @@ def test_a_host_prompt_goes_on_beside_device_rows_and_a_cohort():
 def test_a_sequence_goes_to_the_host_and_comes_back(pace, max_transit_pages):
     play = Play(Merging(), host_rows=1, pace=pace, seed=2, max_transit_pages=max_transit_pages)
     handle = play.launch(**prefill_plan(PROMPT, first_page=8, slot=3))
-    sequence = PROMPT + play.dispatch.read(handle).tolist()
+    sequence = PROMPT + play.dispatch.read(handle).tokens_b.tolist()
     device_pages, host_pages = ints(8, 9, 10), ints(4, 1, 5)
 
     def carry(move):
@@ -480,12 +482,12 @@ def test_a_sequence_goes_to_the_host_and_comes_back(pace, max_transit_pages):
 
     carry(Move(0, Direction.DEMOTION, device_pages, host_pages))
     cohort = CohortBatch(0, *decode(host_pages))
-    sequence.extend(play.dispatch.read(play.launch(cohorts=(cohort,))).tolist())
+    sequence.extend(play.dispatch.read(play.launch(cohorts=(cohort,))).tokens_b.tolist())
     play.backend.device_pages[:] = -1
     carry(Move(1, Direction.PROMOTION, ints(6, 3, 0), host_pages))
     batch, last = decode(ints(6, 3, 0))
     handle = play.launch(decode=batch, decode_head=last)
-    sequence.extend(play.dispatch.read(handle).tolist())
+    sequence.extend(play.dispatch.read(handle).tokens_b.tolist())
     assert sequence == PROMPT + expected_output(PROMPT, 3, frozenset())
     assert play.dispatch.stats.num_moves == {Direction.DEMOTION: 1, Direction.PROMOTION: 1}
 

@@ -34,7 +34,7 @@ from apex_jax.lowering import ProgramKey
 from apex_jax.models import weights
 from apex_jax.models.hf_config import read_model_folder
 from apex_jax.placement import choose_dtype
-from apex_jax.programs import Programs
+from apex_jax.programs import Programs, span_of_layers
 from apex_jax.request import Request, RequestError, SamplingParams
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -264,6 +264,13 @@ def test_a_scheduler_that_cannot_go_on_is_reported():
     engine._scheduler.plan_sweep = lambda: None
     with pytest.raises(StuckError, match=r"nothing can start\n0 in the device lane .*, 1 waiting"):
         engine.step()
+
+
+def test_a_program_takes_fewer_layers_where_cohorts_stand_between_them():
+    for num_layers, alone, beside_cohorts in ((32, 8, 4), (28, 7, 4), (22, 11, 2), (12, 6, 4)):
+        assert span_of_layers(num_layers, None, has_host_lane=False) == alone
+        assert span_of_layers(num_layers, None, has_host_lane=True) == beside_cohorts
+        assert span_of_layers(num_layers, num_layers, has_host_lane=True) == num_layers
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,7 @@ def test_sampling_is_that_of_the_cpu(platform, temperature, top_k, top_p):
         temperatures_b=np.full(num_rows, temperature, np.float32),
         top_ks_b=np.full(num_rows, top_k, np.int32),
         top_ps_b=np.full(num_rows, top_p, np.float32),
+        min_ps_b=np.zeros(num_rows, np.float32),
         seeds_b2=rng.integers(0, 2**32, (num_rows, 2), dtype=np.uint32),
         sample_indices_b=np.zeros(num_rows, np.int32),
         positions_b=np.arange(num_rows, dtype=np.int32),
@@ -233,3 +234,39 @@ def test_sampling_is_that_of_the_cpu(platform, temperature, top_k, top_p):
         tokens.append(np.asarray(jax.jit(sampling.sample)(*placed)))
         assert tokens[-1].dtype == jnp.int32
     np.testing.assert_array_equal(*tokens)
+
+
+def test_modified_scores_are_those_of_the_cpu(platform):
+    """Scatters with entries that are masks, padding, or name the last token, on either device."""
+    num_rows, vocab_size, num_entries = 16, 8192, 1024
+    rng = np.random.default_rng(1)
+    logits_bv = (4 * rng.standard_normal((num_rows, vocab_size))).astype(np.float32)
+    last_tokens_b = rng.integers(0, vocab_size, num_rows, dtype=np.int32)
+    rows_e = np.sort(rng.integers(0, num_rows, num_entries)).astype(np.int32)
+    is_mask_e = np.arange(num_entries) % 5 == 0
+    entries = sampling.ModifierEntries(
+        rows_e=np.where(np.arange(num_entries) < 1000, rows_e, np.iinfo(np.int32).max),
+        token_ids_e=np.concatenate(
+            [rng.permutation(vocab_size)[: num_entries - num_rows], last_tokens_b]
+        ).astype(np.int32),
+        counts_e=rng.integers(0, 4, num_entries, dtype=np.int32),
+        is_seen_e=rng.random(num_entries) < 0.5,
+        biases_e=np.where(is_mask_e, -np.inf, rng.uniform(-2, 2, num_entries)).astype(np.float32),
+        afters_e=np.where(np.arange(num_entries) % 2, np.iinfo(np.int32).max, 7).astype(np.int32),
+    )
+    rows = sampling.ModifierRows(
+        presence_penalties_b=rng.uniform(-2, 2, num_rows).astype(np.float32),
+        frequency_penalties_b=rng.uniform(-2, 2, num_rows).astype(np.float32),
+        repetition_penalties_b=rng.uniform(0.5, 2, num_rows).astype(np.float32),
+        is_counting_b=np.arange(num_rows) % 3 != 0,
+    )
+    results = []
+    for device in (jax.devices("cpu")[0], jax.devices(platform)[0]):
+        placed = jax.device_put((logits_bv, last_tokens_b, rows, entries), device)
+        modified_bv = jax.jit(sampling.modify)(*placed)
+        logprobs = jax.jit(sampling.logprobs)(placed[0], sampling.greedy(modified_bv))
+        results.append(jax.tree.map(np.asarray, (modified_bv, *logprobs)))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert np.isneginf(results[0][0]).sum() > 50
+    assert (np.isfinite(results[0][0]) & (results[0][0] != logits_bv)).sum() > 500

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paper_backend import VOCAB_SIZE, Pace
-from paper_loop import PAGE_SIZE, Loop, check, make_request
+from paper_loop import PAGE_SIZE, Loop, check, make_request, make_watched_request
 
 from apex_jax.buckets import HostLimits, choose
 from apex_jax.cost_model import StageTimes
@@ -42,8 +42,13 @@ requests = st.tuples(
 
 
 def submit(loop, drawn):
+    """Every third ends where its watcher says, if it gets so far."""
     for index, (prompt, max_tokens, ignore_eos) in enumerate(drawn):
-        loop.submit(make_request(str(index), prompt, max_tokens, ignore_eos=ignore_eos))
+        arguments = (str(index), prompt, max_tokens)
+        if index % 3 == 2:
+            loop.submit(make_watched_request(*arguments, 1 + index % 7, ignore_eos=ignore_eos))
+        else:
+            loop.submit(make_request(*arguments, ignore_eos=ignore_eos))
 
 
 @settings(max_examples=80, deadline=None)

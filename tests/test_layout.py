@@ -88,7 +88,7 @@ def test_package_does_not_read_the_environment(path):
 def test_configs_know_only_the_settings(path):
     known = {*sys.stdlib_module_names, "configs"}
     foreign = {name for name in imported_names(path) if name.split(".")[0] not in known}
-    assert foreign <= {"apex_jax.config"}
+    assert foreign <= {"apex_jax.config", "apex_jax.hardware_profiles"}
 
 
 def test_planning_layers_do_not_load_jax():

@@ -52,7 +52,7 @@ def play(backend, batch, head):
     (x,) = backend.enqueue(Embed(batch))
     (x,) = backend.enqueue(Layers(batch, 0), x)
     (x,) = backend.enqueue(head, x)
-    return x.read()
+    return x.read().tokens_b
 
 
 def test_what_is_right_passes(backend):

@@ -50,6 +50,9 @@ def draw_requests():
                 temperature=float(index % 2),
                 seed=rng.randrange(2**64),
                 ignore_eos=True,
+                # What scores depend on is lost with the process, and must come again.
+                presence_penalty=0.5 if index % 10 == 0 else 0.0,
+                bad_words=((5,), (7, 9)) if index % 10 == 5 else (),
             ),
         )
         for index in range(NUM_REQUESTS)
@@ -67,6 +70,8 @@ def make_command(folder, flags, program=("-m", "launch.generate")):
                 "temperature": request.sampling.temperature,
                 "seed": request.sampling.seed,
                 "ignore_eos": True,
+                "presence_penalty": request.sampling.presence_penalty,
+                "bad_words": request.sampling.bad_words,
             }
             file.write(json.dumps(line) + "\n")
     return [

@@ -23,15 +23,16 @@ noise_of = jax.jit(sampling.token_noise)
 
 
 def rows_of(cuts, seeds=None, sample_indices=None, positions=None):
-    """One row per (temperature, top_k, top_p); seeds are (high, low)."""
+    """One row per (temperature, top_k, top_p) and perhaps min_p; seeds are (high, low)."""
     count = len(cuts)
     if seeds is None:
         seeds = [(7, row) for row in range(count)]
-    temperatures, top_ks, top_ps = zip(*cuts, strict=True)
+    temperatures, top_ks, top_ps, min_ps = zip(*((*cut, 0.0)[:4] for cut in cuts), strict=True)
     return SamplingRows(
         temperatures_b=np.array(temperatures, np.float32),
         top_ks_b=np.array(top_ks, np.int32),
         top_ps_b=np.array(top_ps, np.float32),
+        min_ps_b=np.array(min_ps, np.float32),
         seeds_b2=np.array(seeds, np.uint32),
         sample_indices_b=np.array([0] * count if sample_indices is None else sample_indices, "i4"),
         positions_b=np.array([1] * count if positions is None else positions, np.int32),
@@ -48,9 +49,11 @@ def noise_over(rows, vocab):
     return np.asarray(noise_of(rows, ids))
 
 
-def kept_by(scores, top_k, top_p):
-    """Mask of what top-k, then top-p leave of one row; whatever equals the last kept is kept."""
+def kept_by(scores, top_k, top_p, min_p=0.0):
+    """Mask of what min-p, top-k, then top-p leave of a row; what equals the last kept is kept."""
     kept = np.isfinite(scores)
+    if min_p > 0:
+        kept &= scores >= scores.max() + np.log(min_p)
     if 0 < top_k < len(scores):
         kept &= scores >= np.sort(scores)[-top_k]
     if top_p < 1:
@@ -61,15 +64,17 @@ def kept_by(scores, top_k, top_p):
     return kept
 
 
-def reference(logits, temperature, top_k, top_p, noise):
+def reference(logits, noise, temperature, top_k, top_p, min_p=0.0):
     """Every token that exact arithmetic might draw within the rounding of float32."""
     logits = logits.astype(np.float64)
     if temperature == 0:
         return {int(logits.argmax())}
     scores = logits / np.float64(np.float32(temperature))
     tokens = set()
-    for p in (top_p - MASS_TIE, top_p, top_p + MASS_TIE) if top_p < 1 else (top_p,):
-        noisy = np.where(kept_by(scores, top_k, max(p, 1e-12)), scores + noise, -np.inf)
+    top_ps = (top_p - MASS_TIE, top_p, top_p + MASS_TIE) if top_p < 1 else (top_p,)
+    for p, share in itertools.product(top_ps, (1 - SCORE_TIE, 1, 1 + SCORE_TIE) if min_p else (1,)):
+        kept = kept_by(scores, top_k, max(p, 1e-12), min(min_p * share, 1))
+        noisy = np.where(kept, scores + noise, -np.inf)
         tokens |= set(np.flatnonzero(noisy >= noisy.max() - SCORE_TIE).tolist())
     return tokens
 
@@ -111,8 +116,13 @@ def draw_and_compare(logits, rows):
     noise = noise_over(rows, vocab)
     sizes = []
     for row, token in enumerate(tokens):
-        cut = (rows.temperatures_b[row], int(rows.top_ks_b[row]), float(rows.top_ps_b[row]))
-        assert token in reference(logits[row], *cut, noise[row]), (cut, vocab, row)
+        cut = (
+            rows.temperatures_b[row],
+            int(rows.top_ks_b[row]),
+            float(rows.top_ps_b[row]),
+            float(rows.min_ps_b[row]),
+        )
+        assert token in reference(logits[row], noise[row], *cut), (cut, vocab, row)
         scores = logits[row].astype(np.float64) / max(cut[0], 1e-30)
         sizes.append(1 if cut[0] == 0 else int(kept_by(scores, *cut[1:]).sum()))
     return sizes
@@ -143,6 +153,24 @@ def test_what_equals_the_last_kept_is_kept(step):
         logits = rng.normal(size=(len(cuts), vocab)) * 3
         logits = (np.round(logits / step) * step).astype(np.float32)
         draw_and_compare(logits, rows_of(cuts, positions=[position] * len(cuts)))
+
+
+def test_min_p_cuts_first():
+    """Alone and before the others, within the candidates and beyond; 0 and 1 are its ends."""
+    vocab = 4096
+    rng = np.random.default_rng(12)
+    others = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.6, 0, 0.9), (1.0, 5, 1.0), (1.0, 500, 0.95)]
+    cuts = list(itertools.product(others, (0.0, 1e-6, 0.01, 0.05, 0.3, 1.0)))
+    cuts = [(*cut, min_p) for cut, min_p in cuts] * 2
+    cuts = cuts[: len(cuts_for(vocab)) * 2]  # the same program
+    sizes = []
+    for position in range(1, 9):
+        spread = np.repeat([1.0, 3.0], len(cuts) // 2)[:, None]
+        logits = (rng.normal(size=(len(cuts), vocab)) * spread).astype(np.float32)
+        sizes += draw_and_compare(logits, rows_of(cuts, positions=[position] * len(cuts)))
+    assert {1, 5, vocab} <= set(sizes)
+    assert any(5 < size < NUM_CANDIDATES for size in sizes)
+    assert any(NUM_CANDIDATES < size < vocab for size in sizes)
 
 
 def test_masked_tokens_are_never_drawn():
@@ -307,22 +335,30 @@ def test_noise_is_finite_at_both_ends(monkeypatch, bits):
 
 @pytest.mark.parametrize("varied", ["position", "seed", "sample_index"])
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(0.8, 0, 1.0), (1.5, 10, 1.0), (1.0, 30, 0.8), (1.0, 0, 0.7), (2.0, 100, 0.9)],
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (0.8, 0, 1.0, 0.0),
+        (1.5, 10, 1.0, 0.0),
+        (1.0, 30, 0.8, 0.0),
+        (1.0, 0, 0.7, 0.0),
+        (2.0, 100, 0.9, 0.0),
+        (1.0, 0, 1.0, 0.1),
+        (1.5, 100, 0.9, 0.02),
+    ],
 )
-def test_draws_follow_the_distribution(temperature, top_k, top_p, varied):
+def test_draws_follow_the_distribution(temperature, top_k, top_p, min_p, varied):
     vocab, count = 160, 4096
     logits = np.random.default_rng(10).normal(size=vocab).astype(np.float32) * 1.5
     seeds = [(3, row) if varied == "seed" else (11, 12) for row in range(count)]
     rows = rows_of(
-        [(temperature, top_k, top_p)] * count,
+        [(temperature, top_k, top_p, min_p)] * count,
         seeds,
         range(count) if varied == "sample_index" else None,
         range(count) if varied == "position" else None,
     )
     tokens = np.asarray(sample(np.tile(logits, (count, 1)), rows))
     scores = logits.astype(np.float64) / temperature
-    kept = kept_by(scores, top_k, top_p)
+    kept = kept_by(scores, top_k, top_p, min_p)
     assert kept[tokens].all()
     expected = np.exp(scores) * kept
     expected *= count / expected.sum()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paper_backend import VOCAB_SIZE, Pace, expected_output
-from paper_loop import EOS, Loop, check, make_request
+from paper_loop import EOS, Loop, check, make_request, make_watched_request
 
 from apex_jax.request import FinishReason, RequestError, SamplingParams
 
@@ -118,6 +118,40 @@ def test_a_small_pool_preempts_the_newest_and_recomputes_it():
         check(output)
 
 
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(1, 24), st.booleans()), min_size=4, max_size=8),
+    st.sampled_from(Pace),
+)
+def test_an_output_ends_where_its_watcher_says(drawn, pace):
+    loop = Loop(num_pages=8, max_requests=4, pace=pace)
+    for index, (num_tokens, ignore_eos) in enumerate(drawn):
+        loop.submit(
+            make_watched_request(str(index), [index + 5] * 8, 23, num_tokens, ignore_eos=ignore_eos)
+        )
+    loop.run()
+    assert len(loop.outputs) == len(drawn)
+    for output in loop.outputs.values():
+        check(output)
+
+
+def test_a_preempted_output_ends_where_its_watcher_says():
+    loop = Loop(num_pages=8, max_requests=4)
+    for index in range(4):
+        loop.submit(make_watched_request(str(index), [index + 5] * 8, 24, 20, ignore_eos=True))
+    loop.run()
+    assert loop.scheduler.stats.num_preemptions > 0
+    for output in loop.outputs.values():
+        assert len(output.token_ids) == 20
+        check(output)
+
+
+def test_stop_strings_need_a_watcher():
+    loop = Loop(num_pages=8, max_requests=4)
+    with pytest.raises(RequestError, match="stop is given, and the request has no is_last"):
+        loop.submit(make_request("0", [5], 4, stop=("x",)))
+
+
 def test_requests_finish_first_come_first_served():
     loop = Loop(num_pages=16, max_requests=2)
     for index in range(6):
@@ -219,11 +253,19 @@ def test_a_request_that_fills_the_whole_pool_runs():
         ("top_k", -1, "top_k is -1; it must be at least 0"),
         ("top_p", 0.0, "top_p is 0.0; it must be above 0 and at most 1"),
         ("seed", 2**64, "it must be a 64-bit integer"),
+        ("stop", ("x", ""), "it must be a tuple of strings that are not empty"),
     ],
 )
 def test_sampling_parameters_are_held_to_their_ranges(name, value, message):
     with pytest.raises(RequestError, match=message):
         SamplingParams(**{name: value})
+
+
+def test_one_stop_string_alone_is_not_taken_for_its_characters():
+    params = SamplingParams()
+    object.__setattr__(params, "stop", "no")  # what the annotation check of the tests would stop
+    with pytest.raises(RequestError, match="stop is no; it must be a tuple of strings"):
+        params.__post_init__()
 
 
 def test_the_ledger_notices_a_lost_page():

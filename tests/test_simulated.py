@@ -74,7 +74,7 @@ def test_stages_take_the_predicted_time_one_after_another():
     (x,) = backend.enqueue(DeviceAttention(DECODE, 2), x)
     assert x.ready_sec == pytest.approx(2.6 + 0.25 + 0.3)
     (x,) = backend.enqueue(Head((HEAD,)), x)
-    assert x.read().tolist() == [0, 0]
+    assert x.read().tokens_b.tolist() == [0, 0]
     assert backend.now() == pytest.approx(3.15 + 2.0)
 
 

@@ -204,6 +204,15 @@ def test_without_a_trace_only_figures_are_kept():
     )
 
 
+def test_figures_begin_anew_where_the_job_does():
+    timeline = Timeline()
+    timeline.span("device", "measured", 0.0, 5.0)
+    timeline.forget()
+    assert timeline.figures() == Figures()
+    timeline.span("device", "layers", 7.0, 8.0)
+    assert timeline.figures().observed_sec == 1.0
+
+
 def test_an_unknown_lane_is_an_error():
     timeline = Timeline()
     with pytest.raises(

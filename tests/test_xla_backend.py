@@ -219,7 +219,7 @@ def chunks_of(text, pages):
 
 def take(texts, *handles):
     """Read the sampled tokens of texts, in order."""
-    tokens = np.concatenate([handle.read() for handle in handles])
+    tokens = np.concatenate([handle.read().tokens_b for handle in handles])
     for text, token in zip(texts, tokens.tolist(), strict=True):
         text.tokens.append(token)
 
@@ -411,7 +411,7 @@ def test_a_joint_head_samples_what_each_would_alone(backend, groups, temperature
         batches.append(head_of(texts, sampled))
         num_rows += len(sampled)
     alone = [
-        backend.enqueue(Head((batch,)), handle)[0].read()
+        backend.enqueue(Head((batch,)), handle)[0].read().tokens_b
         for batch, handle in zip(batches, handles, strict=True)
     ]
     in_slots = np.asarray(backend._tokens_by_slot)[:num_rows]
@@ -420,7 +420,7 @@ def test_a_joint_head_samples_what_each_would_alone(backend, groups, temperature
     joint = backend.enqueue(Head(tuple(batches)), *handles)
     assert len(joint) == len(groups)
     for tokens, one in zip(alone, joint, strict=True):
-        assert np.array_equal(one.read(), tokens)
+        assert np.array_equal(one.read().tokens_b, tokens)
     assert np.array_equal(np.asarray(backend._tokens_by_slot)[:num_rows], in_slots)
 
 

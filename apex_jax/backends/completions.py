@@ -48,6 +48,7 @@ class Completions:
         self._stages: SimpleQueue[tuple[Any, Stage, float] | None] = SimpleQueue()
         self._running: tuple[Stage, float] | None = None  # the one waited for, enqueued when
         self._changed = threading.Condition()
+        self._num_sleeping = 0  # in wait_any; they look once more after they are counted
         self._refusal: str | None = None  # why nothing can be waited for any more
         self._waiter = threading.Thread(target=self._wait_for_stages, daemon=True)
         self._waiter.name = "apex-completions"
@@ -100,14 +101,18 @@ class Completions:
 
     def _sleep_until_ready(self, handles: Sequence[MarkedT], deadline_sec: float) -> MarkedT | None:
         with self._changed:
-            while True:
-                ready = _first_ready(handles)
-                left_sec = deadline_sec - time.perf_counter()
-                if ready is not None or left_sec <= 0:
-                    return ready
-                if self._refusal is not None:
-                    raise RuntimeError(self._refusal)
-                self._changed.wait(left_sec)
+            self._num_sleeping += 1
+            try:
+                while True:
+                    ready = _first_ready(handles)
+                    left_sec = deadline_sec - time.perf_counter()
+                    if ready is not None or left_sec <= 0:
+                        return ready
+                    if self._refusal is not None:
+                        raise RuntimeError(self._refusal)
+                    self._changed.wait(left_sec)
+            finally:
+                self._num_sleeping -= 1
 
     def _wait_for_stages(self) -> None:
         end_sec = 0.0
@@ -137,8 +142,9 @@ class Completions:
         return end_sec
 
     def _wake(self, _: object = None) -> None:
-        with self._changed:
-            self._changed.notify_all()
+        if self._num_sleeping:
+            with self._changed:
+                self._changed.notify_all()
 
     def _refuse(self, reason: str) -> None:
         self._refusal = self._refusal or reason

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
-from apex_jax.packing import DecodeArrays, PrefillArrays
+from apex_jax.packing import DecodeArrays, PrefillArrays, unpack_logprobs
+from apex_jax.plan import PromptTargets, Sampled
+from apex_jax.request import TokenLogprobs
 
 
 class _WithoutTokens:
     """A handle that no Head stage yielded."""
 
-    def read(self) -> Int32[np.ndarray, "b"]:
+    def read(self) -> Sampled:
         raise TypeError(f"{type(self).__name__} holds no tokens; read a Head stage's")
 
 
@@ -119,18 +121,44 @@ class MovedHandle(_WithoutTokens):
 
 
 @dataclass(frozen=True)
+class PromptHandle:
+    """Packed logprobs of the tokens of a chunk, on their way to the host."""
+
+    packed_btc: Int[Array, "b t c"]
+    targets: PromptTargets
+
+    def read(self) -> tuple[tuple[TokenLogprobs, ...], ...]:
+        packed_btc = np.asarray(self.packed_btc)
+        return tuple(
+            unpack_logprobs(packed_btc[row, :length])
+            for row, length in zip(self.targets.rows_i, self.targets.lengths_i, strict=True)
+        )
+
+
+@dataclass(frozen=True)
 class TokensHandle:
-    """Tokens sampled by a head, on their way to the host, and the rows of them that count."""
+    """Tokens sampled by a head, on their way to the host, and the rows of them that count.
+
+    logprobs_bc: packed, where the head computes them. prompt: of a chunk, likewise.
+    """
 
     tokens_b: Int[Array, "b"]
     rows_i: Int32[np.ndarray, "i"]
+    logprobs_bc: Int[Array, "b c"] | None = None
+    prompt: PromptHandle | None = None
 
     @property
     def marker(self) -> Any:
         return self.tokens_b
 
-    def read(self) -> Int32[np.ndarray, "i"]:
-        return np.asarray(self.tokens_b)[self.rows_i]
+    def read(self) -> Sampled:
+        tokens_i = np.asarray(self.tokens_b)[self.rows_i]
+        logprobs = prompts = ()
+        if self.logprobs_bc is not None:
+            logprobs = unpack_logprobs(np.asarray(self.logprobs_bc)[self.rows_i])
+        if self.prompt is not None:
+            prompts = self.prompt.read()
+        return Sampled(tokens_i, logprobs, prompts)
 
 
 DeviceHandle = (

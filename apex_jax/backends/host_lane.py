@@ -2,7 +2,7 @@
 
 A job waits for its operand's transfer, runs the op on this thread (a program that is only an FFI
 call runs inline on its caller), and sends the result on its way to the device. After a failure the
-pool may be lost (it was donated), so every later job fails too, at once. Called by the xla backend.
+pool may be lost (it was donated), so every later job fails too, at once. Called by the backends.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -28,6 +29,17 @@ from apex_jax.plan import DecodeBatch
 from apex_jax.programs import ProgramKey
 
 HostFuture = Future[Array | None]
+
+
+@runtime_checkable
+class Operand(Protocol):
+    """What a device stage leaves for a job: an array on the device, or something that acts as one.
+
+    Blocking on it waits for the stage, reading it as an array for its way to the host.
+    """
+
+    def block_until_ready(self) -> Any: ...
+    def __array__(self) -> np.ndarray: ...
 
 
 class HostLaneError(RuntimeError):
@@ -55,7 +67,7 @@ class HostLane:
         self._programs, self._device, self._cpus = programs, device, cpus
         self._on_span, self._before_job = on_span, before_job
         self._pools: list[Float[Array, "p k 2 z h"]] = []
-        self._jobs: SimpleQueue[tuple[Job, Array | None, HostFuture] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Job, Operand | None, HostFuture] | None] = SimpleQueue()
         self._running: tuple[Job, float] | None = None  # and since when
         self._failure: BaseException | None = None
         is_set_up: Future[None] = Future()
@@ -65,7 +77,7 @@ class HostLane:
         self._worker.start()
         is_set_up.result()
 
-    def submit(self, job: Job, operand: Array | None = None) -> HostFuture:
+    def submit(self, job: Job, operand: Operand | None = None) -> HostFuture:
         """Queue a job without waiting; its operand's copy to the host has been started.
 
         operand: of HostAttention the cohort's queries, keys and values [b, n + 2k, h], of
@@ -117,7 +129,7 @@ class HostLane:
             self._serve(*entry)
             del entry  # its operand holds device memory while the queue is empty
 
-    def _serve(self, job: Job, operand: Array | None, future: HostFuture) -> None:
+    def _serve(self, job: Job, operand: Operand | None, future: HostFuture) -> None:
         if self._failure is not None:
             error = HostLaneError(f"the host lane runs no more jobs: {self._failure}")
             error.__cause__ = self._failure
@@ -142,7 +154,7 @@ class HostLane:
                 if entry := self._jobs.get_nowait():
                     self._serve(*entry)
 
-    def _run(self, job: Job, operand: Array | None) -> Array | None:
+    def _run(self, job: Job, operand: Operand | None) -> Array | None:
         if isinstance(job, ReadPages):
             return self._send(job, self._read_pages(job))
         assert operand is not None
@@ -184,7 +196,7 @@ class HostLane:
         self._span("host", job, start_sec, work=job, pages=int(num_pages))
         return pages_ik2zh
 
-    def _receive(self, job: Job, operand: Array) -> np.ndarray:
+    def _receive(self, job: Job, operand: Operand) -> np.ndarray:
         """Wait for the copy to the host that was started when the operand was enqueued."""
         jax.block_until_ready(operand)  # until then the device computes it, and nothing travels
         start_sec = time.perf_counter()

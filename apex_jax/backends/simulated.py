@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int32
 
 from apex_jax.cost_model import Times
 from apex_jax.hardware import Handle, Head, Job, Stage, name_of
+from apex_jax.plan import Sampled
 from apex_jax.stage_costs import StageCosts, Work
 
 
@@ -27,9 +27,9 @@ class SimulatedHandle:
     work: Work
     num_sampled: int = 0
 
-    def read(self) -> Int32[np.ndarray, "b"]:
+    def read(self) -> Sampled:
         self.backend.wait_any([self], self.ready_sec)
-        return np.zeros(self.num_sampled, np.int32)
+        return Sampled(np.zeros(self.num_sampled, np.int32))
 
 
 class SimulatedBackend:

@@ -5,9 +5,11 @@ and packs each batch for its bucket. Who waits for what is the completions' busi
 pool the host lane's. Called by the dispatch loop; knows nothing of requests.
 """
 
+import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,11 @@ from apex_jax.backends.handles import (
     ImportedHandle,
     MovedHandle,
     PagesHandle,
+    PromptHandle,
     TokensHandle,
 )
 from apex_jax.backends.host_lane import HostLane
-from apex_jax.buckets import smallest_that_holds
+from apex_jax.buckets import entry_bucket, smallest_that_holds
 from apex_jax.hardware import (
     Boundary,
     DeviceAttention,
@@ -78,6 +81,12 @@ class XlaBackend:
         self._programs, self._buckets = programs, programs.buckets
         self._device = device
         self._weights = weights
+        self._flat_layers = [tuple(jax.tree.leaves(layer)) for layer in weights.layers]
+        span = programs.num_layers
+        self._spans = [  # by their first layer
+            tuple(itertools.chain(*self._flat_layers[first : first + span]))
+            for first in range(len(self._flat_layers) - span + 1)
+        ]
         self._output_vd = weights.embedding if weights.output is None else weights.output
         self._pages, self._staging = pages, staging
         self._tokens_by_slot = jnp.zeros(num_slots, jnp.int32, device=device)
@@ -145,11 +154,11 @@ class XlaBackend:
 
     def _embed_decode(self, batch: DecodeBatch) -> HiddenHandle:
         rows = smallest_that_holds(self._buckets.rows, len(batch.slots_b))
+        # As numpy: what travels with a call costs far less than a transfer of its own.
         packed_b4 = packing.pack_rows(batch, rows=rows, page_size=self._buckets.page_size)
-        arrays = DecodeArrays(jax.device_put(packed_b4, self._device))
         program = self._programs[ProgramKey("embed_decode", (rows,))]
-        x_bd = program(self._weights.embedding, self._tokens_by_slot, arrays.rows_b4)
-        return HiddenHandle(x_bd, x_bd, arrays)
+        x_bd, rows_b4 = program(self._weights.embedding, self._tokens_by_slot, packed_b4)
+        return HiddenHandle(x_bd, x_bd, DecodeArrays(rows_b4))
 
     def _embed_prefill(self, batch: PrefillBatch) -> HiddenHandle:
         num_rows, num_tokens = batch.token_ids_bt.shape
@@ -172,9 +181,10 @@ class XlaBackend:
     def _layers(self, stage: Layers, hidden: Handle) -> HiddenHandle:
         assert isinstance(hidden, HiddenHandle)
         span = slice(stage.first_layer, stage.first_layer + self._programs.num_layers)
-        state = (self._weights.layers[span], tuple(self._pages[span]), hidden.x)
+        state = (self._spans[stage.first_layer], tuple(self._pages[span]), hidden.x)
         if isinstance(stage.batch, DecodeBatch):
-            arrays = self._with_blocks(hidden.arrays, stage.batch)
+            is_whole_sweep = self._programs.num_layers == len(self._flat_layers)
+            arrays = self._with_blocks(hidden.arrays, stage.batch, is_wanted_once=is_whole_sweep)
             key = _decode_key("layers_decode", arrays)
             x, pages = self._programs[key](*state, arrays)
             x_bd = x
@@ -186,9 +196,16 @@ class XlaBackend:
         return HiddenHandle(x, x_bd, arrays)
 
     def _with_blocks(
-        self, arrays: DecodeArrays | PrefillArrays, batch: DecodeBatch
+        self,
+        arrays: DecodeArrays | PrefillArrays,
+        batch: DecodeBatch,
+        *,
+        is_wanted_once: bool = False,
     ) -> DecodeArrays:
-        """Return what the device's attention needs; packed once, when it is first wanted."""
+        """Return what the device's attention needs; packed once, when it is first wanted.
+
+        is_wanted_once: by one call, with which it travels.
+        """
         assert isinstance(arrays, DecodeArrays)
         if arrays.blocks_ci is not None:
             return arrays
@@ -198,6 +215,8 @@ class XlaBackend:
         packed_ci = packing.pack_blocks(
             batch, rows=rows, blocks=blocks, page_size=self._buckets.page_size
         )
+        if is_wanted_once:
+            return arrays._replace(blocks_ci=packed_ci)
         return arrays._replace(blocks_ci=jax.device_put(packed_ci, self._device))
 
     # Layer by layer
@@ -206,7 +225,7 @@ class XlaBackend:
         assert isinstance(hidden, HiddenHandle)
         assert isinstance(hidden.arrays, DecodeArrays)
         program = self._programs[ProgramKey("pre_attention", (len(hidden.x),))]
-        state = self._weights.layers[stage.layer]
+        state = self._flat_layers[stage.layer]
         qkv_bjh = program(state, hidden.x, hidden.arrays.rows_b4)
         return EnteredHandle(hidden.x, qkv_bjh, hidden.arrays)
 
@@ -222,7 +241,7 @@ class XlaBackend:
     def _post_attention(self, stage: PostAttention, attended: Handle) -> HiddenHandle:
         assert isinstance(attended, DeviceAttendedHandle | AttendedHandle)
         program = self._programs[ProgramKey("post_attention", (len(attended.x),))]
-        state = self._weights.layers[stage.layer]
+        state = self._flat_layers[stage.layer]
         x_bd = program(state, attended.x, attended.attended_bnh)
         return HiddenHandle(x_bd, x_bd, attended.arrays)
 
@@ -234,7 +253,7 @@ class XlaBackend:
             rows.append(BoundaryRows(group.x, group.attended_bnh, group.arrays.rows_b4))
             arrays.append(group.arrays)
         key = ProgramKey("boundary", tuple(len(group.x_bd) for group in rows))
-        left, entered = self._weights.layers[stage.layer - 1 : stage.layer + 1]
+        left, entered = self._flat_layers[stage.layer - 1 : stage.layer + 1]
         crossed = self._programs[key](left, entered, tuple(rows))
         return tuple(
             EnteredHandle(x_bd, qkv_bjh, of_group)
@@ -253,8 +272,7 @@ class XlaBackend:
             assert group.x_bd is not None
             groups_bd.append(group.x_bd)
         if len(groups) == 1:
-            tokens_b = self._sample(batches[0], groups_bd[0], len(groups_bd[0]))
-            return (TokensHandle(tokens_b, batches[0].rows_b),)
+            return (self._head_of_one(batches[0], groups[0]),)
         assert self._buckets.host is not None
         joint, firsts, num_rows = packing.join_heads(batches)
         head_sizes = self._buckets.host.head_rows
@@ -267,21 +285,50 @@ class XlaBackend:
         for x_bd, first in zip(groups_bd, firsts, strict=True):
             program = self._programs[ProgramKey("place", (len(x_bd), rows))]
             self._head_rows_bd[rows] = program(self._head_rows_bd[rows], x_bd, np.int32(first))
-        tokens_b = self._sample(joint, self._head_rows_bd[rows], rows)
+        sampled = self._sample(joint, self._head_rows_bd[rows], rows)
         return tuple(
-            TokensHandle(tokens_b, batch.rows_b + np.int32(first))
+            dataclasses.replace(sampled, rows_i=batch.rows_b + np.int32(first))
             for batch, first in zip(batches, firsts, strict=True)
         )
 
-    def _sample(self, batch: HeadBatch, x_bd: Array, rows: int) -> Array:
-        # As numpy: what a single call uses costs less when it travels with that call.
-        packed_b8 = packing.pack_head(batch, rows=rows)
+    def _head_of_one(self, batch: HeadBatch, group: Handle) -> TokensHandle:
+        """Sample a group by itself, and score its prompts' tokens where that is wanted."""
+        assert isinstance(group, HiddenHandle)
+        assert group.x_bd is not None
+        if batch.prompt is None:
+            return self._sample(batch, group.x_bd, len(group.x_bd))
+        next_ids_bt = np.zeros(group.x.shape[:2], np.int32)
+        next_ids_bt[: len(batch.prompt.next_ids_bt)] = batch.prompt.next_ids_bt
+        program = self._programs.late(ProgramKey("prompt_logprobs", next_ids_bt.shape))
+        packed_btc = program(self._weights.norm, self._output_vd, group.x, next_ids_bt)
+        packed_btc.copy_to_host_async()
+        sampled = self._sample(batch, group.x_bd, len(group.x_bd))
+        return dataclasses.replace(sampled, prompt=PromptHandle(packed_btc, batch.prompt))
+
+    def _sample(self, batch: HeadBatch, x_bd: Array, rows: int) -> TokensHandle:
+        packed_b9 = packing.pack_head(batch, rows=rows)
+        operands = (self._weights.norm, self._output_vd, self._tokens_by_slot, x_bd, packed_b9)
+        if batch.modifiers is not None or batch.wants_logprobs:
+            return self._sample_modified(batch, operands, rows)
         name = "head_greedy" if batch.is_greedy else "head_sample"
-        tokens_b, self._tokens_by_slot = self._programs[ProgramKey(name, (rows,))](
-            self._weights.norm, self._output_vd, self._tokens_by_slot, x_bd, packed_b8
-        )
+        tokens_b, self._tokens_by_slot = self._programs[ProgramKey(name, (rows,))](*operands)
         tokens_b.copy_to_host_async()
-        return tokens_b
+        return TokensHandle(tokens_b, batch.rows_b)
+
+    def _sample_modified(
+        self, batch: HeadBatch, operands: tuple[Any, ...], rows: int
+    ) -> TokensHandle:
+        """Sample rows of which some have their scores modified, or their logprobs reported."""
+        num_entries = 0 if batch.modifiers is None else len(batch.modifiers.entries_e)
+        name = "head_logprobs" if batch.wants_logprobs else "head_modified"
+        key = ProgramKey(name, (rows, entry_bucket(num_entries)))
+        modifiers = packing.pack_modifiers(batch, rows=rows, num_entries=key.shape[1])
+        program = self._programs.late(key)
+        tokens_b, logprobs_bc, self._tokens_by_slot = program(*operands, modifiers)
+        for array in (tokens_b, logprobs_bc):
+            if array is not None:
+                array.copy_to_host_async()
+        return TokensHandle(tokens_b, batch.rows_b, logprobs_bc)
 
     # Prompts bound for the host, and pages that change lanes
 
@@ -293,7 +340,7 @@ class XlaBackend:
         # by their handles. Those of the Embed stage are its marker, so layer 0 looks up its own.
         x_btd = hidden.x if stage.layer else self._look_up(hidden.arrays)
         program = self._programs[_prefill_key("staged_layer", hidden.arrays)]
-        layer = self._weights.layers[stage.layer : stage.layer + 1]
+        layer = self._flat_layers[stage.layer]
         x_btd, last_bd, (self._staging,) = program(layer, (self._staging,), x_btd, hidden.arrays)
         return HiddenHandle(x_btd, last_bd, hidden.arrays)
 

@@ -33,16 +33,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "stream_options": (),
     "echo": (False,),
     "suffix": ("",),
-    "stop": ([],),
-    "logprobs": (False,),
-    "prompt_logprobs": (False,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
@@ -58,9 +48,11 @@ BODY_FIELDS = (
 _REMEDIES: Mapping[str, str] = {
     "n": "repeat the line under other custom_ids",
     "best_of": "repeat the line under other custom_ids",
-    "stop": "use stop_token_ids",
-    "messages": "/v1/chat/completions is not served by this version: give prompt",
+    "messages": "/v1/chat/completions takes it",
+    "prompt": "/v1/chat/completions takes messages",
+    "prompt_token_ids": "/v1/chat/completions takes messages",
     "max_completion_tokens": "/v1/completions calls it max_tokens",
+    "top_logprobs": "/v1/completions calls it logprobs",
 }
 
 
@@ -102,14 +94,23 @@ def refuse_unknown(fields: Iterable[str], known: Iterable[str], where: str) -> N
         raise RequestError(f"{where} has an unknown field {show(name)}: {remedy}")
 
 
-def refuse_unserved(body: Mapping[str, Any]) -> None:
-    """Raise RequestError for a field that asks for what this version does not do."""
-    for name, neutral in NEUTRAL_VALUES.items():
+def refuse_unserved(
+    body: Mapping[str, Any],
+    neutral_values: Mapping[str, tuple[object, ...]] = NEUTRAL_VALUES,
+    where: str = "",
+) -> None:
+    """Raise RequestError for a field that asks for what this version does not do.
+
+    where: what stands before a field's name in the message.
+    """
+    for name, neutral in neutral_values.items():
         value = body.get(name)
         if value is None or any(value == one and _same_kind(value, one) for one in neutral):
             continue
         remedy = f": {_REMEDIES[name]}" if name in _REMEDIES else ""
-        raise RequestError(f"{name} is {show(value)}, which this version does not do{remedy}")
+        raise RequestError(
+            f"{where}{name} is {show(value)}, which this version does not do{remedy}"
+        )
 
 
 def _same_kind(value: object, other: object) -> bool:
@@ -170,6 +171,41 @@ def read_token_ids(name: str, value: object) -> tuple[int, ...]:
         if not 0 <= token_id < 2**31:
             raise RequestError(f"{name}[{index}] is {show(token_id)}, which is no token id")
     raise AssertionError("one of them is no token id")
+
+
+def read_stop(name: str, value: object) -> tuple[str, ...]:
+    """Return `value`, a string or an array of strings."""
+    if is_array(value):
+        return tuple(read_text(f"{name}[{index}]", one) for index, one in enumerate(value))
+    if isinstance(value, str):
+        return (read_text(name, value),)
+    raise RequestError(f"{name} is {show(value)}; it must be a string or an array of strings")
+
+
+def read_logit_bias(name: str, value: object) -> dict[int, float]:
+    """Return `value`, an object of token ids, which JSON spells as text, and numbers."""
+    if not is_object(value):
+        raise RequestError(f"{name} is {show(value)}; it must be an object of token ids to numbers")
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**31):
+            raise RequestError(f"{name} has the key {show(key)}, which is no token id")
+        if int(key) in biases:
+            raise RequestError(f"{name} has token id {int(key)} twice")
+        biases[int(key)] = read_number(f"{name}[{key}]", bias)
+    return biases
+
+
+def read_bad_words(name: str, value: object) -> tuple[str | tuple[int, ...], ...]:
+    """Return `value`, an array of words, each a text or an array of token ids."""
+    if not is_array(value):
+        raise RequestError(f"{name} is {show(value)}; it must be an array of texts or token ids")
+    return tuple(
+        read_token_ids(f"{name}[{index}]", one)
+        if is_array(one)
+        else read_text(f"{name}[{index}]", one)
+        for index, one in enumerate(value)
+    )
 
 
 def read_prompt(body: Mapping[str, Any]) -> str | tuple[int, ...]:

@@ -4,6 +4,7 @@ Owns the sidecar OUTPUT.job.json, which keeps that in plain text beside the outp
 that may not resume can say what differs. Where the sidecar is lost, the hash in each line decides.
 """
 
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,26 +17,29 @@ from apex_jax.batch.journal import OutputError, replacing
 from apex_jax.batch.lines import canonical_json
 from apex_jax.batch.protocol import BatchModel
 from apex_jax.config import Config
-from apex_jax.text import Tokenizer
+from apex_jax.text.model_text import ModelText
 
-FORMAT = 1  # of output lines; another one does not resume
+FORMAT = 2  # of output lines; another one does not resume
 
 Identity = Mapping[str, Any]
 
 
-def known_before_loading(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def known_before_loading(config: Config, text: ModelText) -> dict[str, Any]:
     """Return the part of the identity that needs no model: a mismatch in it costs no loading."""
+    template = text.chat_template
     return {
         "format": FORMAT,
         "defaults": asdict(config.sampling),
-        "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
+        "tokenizer_sha256": None if text.tokenizer is None else text.tokenizer.sha256,
+        "chat_template_sha256": None if template is None else template.sha256,
+        "chat_time": None if template is None or template.time is None else str(template.time),
     }
 
 
-def identify(config: Config, tokenizer: Tokenizer | None, model: BatchModel) -> dict[str, Any]:
+def identify(config: Config, text: ModelText, model: BatchModel) -> dict[str, Any]:
     """Return the whole identity. The model's name is not in it: a moved folder is the same job."""
     return {
-        **known_before_loading(config, tokenizer),
+        **known_before_loading(config, text),
         "model": {
             "fingerprint": model.fingerprint,
             "dtype": model.dtype,
@@ -43,6 +47,17 @@ def identify(config: Config, tokenizer: Tokenizer | None, model: BatchModel) -> 
             "architecture": asdict(model.architecture),  # all there is to tell dummy models apart
         },
     }
+
+
+def chat_time(output: Path) -> datetime.datetime | None:
+    """Return the time that an existing output's chats were told, None where they were told none.
+
+    A job that goes on tells it again: prompts would not be the same otherwise.
+    """
+    try:
+        return datetime.datetime.fromisoformat((read_sidecar(output) or {})["chat_time"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def hash_identity(identity: Identity) -> str:

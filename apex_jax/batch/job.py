@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apex_jax.batch.decision_log import DecisionLog
 from apex_jax.batch.id_index import IdIndex
 from apex_jax.batch.identity import (
+    chat_time,
     hash_identity,
     identify,
     known_before_loading,
@@ -40,7 +42,7 @@ from apex_jax.batch.resume import (
 )
 from apex_jax.batch.statistics import Statistics, format_bytes, format_summary
 from apex_jax.config import Config, ConfigError, validate
-from apex_jax.text import Tokenizer, load_tokenizer
+from apex_jax.text.model_text import ModelText, load_text
 from apex_jax.timeline import Timeline
 from apex_jax.trace import TraceFile
 
@@ -55,14 +57,16 @@ EXIT_STOPPED = 3  # full disk or the like: what is written stays, the same comma
 class JobOptions:
     """The files of a job, and how to treat an output that exists.
 
-    trace: of what ran when. ordered: output lines in input order. overwrite: drop an existing
-    output. retry_failed: run the failed lines of an existing output again.
+    trace: of what ran when. decisions: of a strategy that chooses. ordered: output lines in input
+    order. overwrite: drop an existing output. retry_failed: run the failed lines of an existing
+    output again.
     """
 
     input: Path
     output: Path
     metrics: Path | None = None
     trace: Path | None = None
+    decisions: Path | None = None
     ordered: bool = False
     overwrite: bool = False
     retry_failed: bool = False
@@ -108,20 +112,23 @@ class _Job:
             source = stack.enter_context(_open_input(options.input))
             journal = Journal(options.output)
             stack.callback(journal.close)
-            tokenizer = self._load_tokenizer()
-            known = known_before_loading(self._config, tokenizer)
+            text = self._load_text(journal)
+            known = known_before_loading(self._config, text)
             jobs = self._read_output(journal, known)
             trace = self._open_trace(stack)
+            decisions = self._open_decisions(stack)
             started_sec = time.monotonic()
             engine = create_engine(self._config, self._progress.message, Timeline(trace))
             stack.callback(engine.close)
             startup_sec = time.monotonic() - started_sec
-            if tokenizer is not None:
-                tokenizer.check_vocabulary(engine.model.architecture.vocab_size)
-            identity = identify(self._config, tokenizer, engine.model)
+            if decisions is not None:
+                engine.log_decisions(decisions.write)
+            if text.tokenizer is not None:
+                text.tokenizer.check_vocabulary(engine.model.architecture.vocab_size)
+            identity = identify(self._config, text, engine.model)
             check_identity(journal.path, jobs, identity, whole=True)
             self._progress.message(engine.describe())
-            self._progress.message(self._describe(engine, tokenizer, source))
+            self._progress.message(self._describe(engine, text, source))
 
             self._interruption.defer()
             self.has_begun = True
@@ -130,7 +137,7 @@ class _Job:
             loop = JobLoop(
                 self._config,
                 engine,
-                tokenizer,
+                text,
                 read_lines(source),
                 journal,
                 self._index,
@@ -153,6 +160,9 @@ class _Job:
                 if trace is not None:
                     trace.close()
                     self._progress.message(trace.describe())
+                if decisions is not None:
+                    decisions.close()
+                    self._progress.message(decisions.describe())
             return status
 
     def _check_paths(self) -> None:
@@ -160,7 +170,17 @@ class _Job:
         options = self._options
         if options.overwrite and options.retry_failed:
             raise JobRefusedError("--overwrite drops all results: --retry_failed has no meaning")
-        asked = (("output", options.output), ("metrics", options.metrics), ("trace", options.trace))
+        if options.decisions is not None and not self._config.scheduler.chooses:
+            raise JobRefusedError(
+                f"--decisions={options.decisions}: strategy {self._config.scheduler.strategy!r} "
+                "decides nothing; use --config.scheduler.strategy=apex, or leave --decisions out"
+            )
+        asked = (
+            ("output", options.output),
+            ("metrics", options.metrics),
+            ("trace", options.trace),
+            ("decisions", options.decisions),
+        )
         paths = [(name, path) for name, path in asked if path is not None]
         for name, path in paths:
             if path.exists() and options.input.exists() and path.samefile(options.input):
@@ -189,12 +209,24 @@ class _Job:
         stack.callback(trace.close)
         return trace
 
-    def _load_tokenizer(self) -> Tokenizer | None:
+    def _open_decisions(self, stack: contextlib.ExitStack) -> DecisionLog | None:
+        path = self._options.decisions
+        if path is None:
+            return None
+        try:
+            log = DecisionLog(path)
+        except OSError as error:
+            raise JobRefusedError(f"cannot write --decisions={path}: {error.strerror}") from error
+        stack.callback(log.close)
+        return log
+
+    def _load_text(self, journal: Journal) -> ModelText:
         path = self._config.model.path
+        folder = None if path is None else Path(path).expanduser()
         # Said before the folder is compared with an existing output's, which would hide a typo.
-        if path is not None and not Path(path).expanduser().is_dir():
+        if folder is not None and not folder.is_dir():
             raise ConfigError(f"--config.model.path is {path!r}; there is no such folder")
-        return None if path is None else load_tokenizer(Path(path).expanduser())
+        return load_text(folder, None if self._options.overwrite else chat_time(journal.path))
 
     def _read_output(self, journal: Journal, known: Mapping[str, Any]) -> set[str]:
         """Learn what is finished; refuse what the input alone shows. Returns the job hashes."""
@@ -218,22 +250,21 @@ class _Job:
         if journal.is_regular:
             write_sidecar(journal.path, identity)
 
-    def _describe(
-        self, engine: BatchEngine, tokenizer: Tokenizer | None, source: io.BufferedReader
-    ) -> str:
+    def _describe(self, engine: BatchEngine, text: ModelText, source: io.BufferedReader) -> str:
         """Say what the job adds to the engine's plan."""
         options, vocab_size = self._options, engine.model.architecture.vocab_size
         size = _size(source)
         shown = "size unknown" if size is None else format_bytes(size)
-        text = "none: token-id prompts only"
+        tokenizer = text.tokenizer
+        read_by = "none: token-id prompts only"
         if tokenizer is not None:
-            text = f"{tokenizer.path}, {tokenizer.num_tokens} tokens (model: {vocab_size})"
+            read_by = f"{tokenizer.path}, {tokenizer.num_tokens} tokens (model: {vocab_size})"
         finished = f"{self._index.num_finished} lines finished before"
         if self._index.num_failed:
             finished += f", {self._index.num_failed} of them failed"
         order = "input order" if options.ordered else "as they finish"
         return (
-            f"tokenizer  {text}\n"
+            f"tokenizer  {read_by}\n"
             f"input      {options.input}, {shown}\n"
             f"output     {options.output}, {order}; {finished}"
         )

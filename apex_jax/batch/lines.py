@@ -1,7 +1,7 @@
 """Input lines: read lazily, parsed into requests or into errors that say what is wrong.
 
-Owns the two input formats (OpenAI batch lines for /v1/completions, and plain ones), the defaults'
-way into a request, and the request's hash. Nothing in a line raises out of `parse_line`.
+Owns the two input formats (OpenAI batch lines for completions and chats, and plain ones), the
+defaults' way into a request, and the request's hash. Nothing in a line raises out of `parse_line`.
 """
 
 import hashlib
@@ -11,13 +11,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn
 
+from apex_jax.batch.chat_fields import (
+    CHAT_FIELDS,
+    CHAT_NEUTRAL_VALUES,
+    read_chat,
+    read_max_tokens,
+    read_num_logprobs,
+)
 from apex_jax.batch.fields import (
     BODY_FIELDS,
     is_object,
+    read_bad_words,
     read_bool,
     read_int,
+    read_logit_bias,
     read_number,
     read_prompt,
+    read_stop,
     read_text,
     read_token_ids,
     refuse_unknown,
@@ -26,11 +36,13 @@ from apex_jax.batch.fields import (
 )
 from apex_jax.config import ConfigError, SamplingDefaults
 from apex_jax.request import RequestError, SamplingParams
+from apex_jax.text.chat import Chat
+from apex_jax.text.model_text import Prompt
 
 # A prompt of a million token ids takes about 7 MB. Longer lines are not held in memory at all.
 MAX_LINE_BYTES = 16 * 2**20
 
-COMPLETIONS_URL = "/v1/completions"
+COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
@@ -49,16 +61,18 @@ class RawLine:
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """A line that asks for something: everything resolved but the tokens of a text prompt.
+    """A line that asks for something: everything resolved but the tokens of text.
 
-    sha256 covers the prompt and every sampling parameter, given or default, in hex.
+    sha256 covers the prompt and every sampling parameter, given or default, in hex. model: the one
+    that the line names, which is not looked for: the job has one model.
     """
 
     custom_id: str
     line: int
-    prompt: str | tuple[int, ...]
+    prompt: Prompt
     sampling: SamplingParams
     sha256: str
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ def parse_line(raw: RawLine, defaults: SamplingDefaults) -> BatchRequest | BadLi
         item = _load_object(raw)
         code = "invalid_request"
         custom_id = _read_custom_id(item)
-        return _parse_request(custom_id, raw.number, _find_body(item), defaults)
+        return _parse_request(custom_id, raw.number, *_find_body(item), defaults)
     except RequestError as error:
         if raw.data is None:
             code = "line_too_long"
@@ -112,10 +126,11 @@ def check_defaults(defaults: SamplingDefaults) -> None:
         raise ConfigError(f"--config.sampling.{error}") from None
 
 
-def hash_request(prompt: str | tuple[int, ...], sampling: SamplingParams) -> str:
+def hash_request(prompt: Prompt, sampling: SamplingParams) -> str:
     """Return the hex sha256 of a resolved request; the custom_id acts through its seed only."""
+    what = prompt.to_json() if isinstance(prompt, Chat) else prompt
     return hashlib.sha256(
-        canonical_json({"prompt": prompt, "sampling": asdict(sampling)})
+        canonical_json({"prompt": what, "sampling": asdict(sampling)})
     ).hexdigest()
 
 
@@ -176,28 +191,49 @@ def _read_custom_id(item: Mapping[str, Any]) -> str:
     return read_text("custom_id", item["custom_id"])
 
 
-def _find_body(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields that describe the request, from either of the two formats."""
+def _find_body(item: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """Return the fields that describe the request, from either of the two formats.
+
+    The second is whether they are those of a chat.
+    """
     if not {"body", "url", "method"} & item.keys():
-        refuse_unknown(item, ("custom_id", *BODY_FIELDS), "the line")
-        return item
+        is_chat = "messages" in item
+        known = CHAT_FIELDS if is_chat else BODY_FIELDS
+        refuse_unknown(item, ("custom_id", *known), "the line")
+        return item, is_chat
     refuse_unknown(item, ("custom_id", "method", "url", "body"), "the line")
     method, url, body = item.get("method"), item.get("url"), item.get("body")
     if method not in (None, "POST"):
         raise RequestError(f"method is {show(method)}; it must be POST")
-    if url not in (None, COMPLETIONS_URL):
-        raise RequestError(f"url is {show(url)}; this version serves {COMPLETIONS_URL}")
+    if url not in (None, COMPLETIONS_URL, CHAT_URL):
+        raise RequestError(
+            f"url is {show(url)}; this version serves {COMPLETIONS_URL} and {CHAT_URL}"
+        )
     if not is_object(body):
         raise RequestError(f"body is {show(body)}; it must be an object")
-    refuse_unknown(body, BODY_FIELDS, "body")
-    return body
+    is_chat = "messages" in body if url is None else url == CHAT_URL
+    refuse_unknown(body, CHAT_FIELDS if is_chat else BODY_FIELDS, "body")
+    return body, is_chat
 
 
 def _parse_request(
-    custom_id: str, line: int, body: Mapping[str, Any], defaults: SamplingDefaults
+    custom_id: str,
+    line: int,
+    body: Mapping[str, Any],
+    is_chat: bool,
+    defaults: SamplingDefaults,
 ) -> BatchRequest:
-    refuse_unserved(body)
-    prompt = read_prompt(body)
+    if is_chat:
+        refuse_unserved(body, CHAT_NEUTRAL_VALUES)
+        prompt = read_chat(body)
+        body = {
+            **body,
+            "max_tokens": read_max_tokens(body),
+            "logprobs": read_num_logprobs(body),
+        }
+    else:
+        refuse_unserved(body)
+        prompt = read_prompt(body)
     given = {f.name: body[f.name] for f in fields(SamplingParams) if body.get(f.name) is not None}
     values: dict[str, Any] = {
         "max_tokens": defaults.max_tokens,
@@ -207,17 +243,31 @@ def _parse_request(
     }
     for name, value in given.items():
         match name:
-            case "max_tokens" | "top_k" | "seed":
+            case "max_tokens" | "top_k" | "seed" | "min_tokens" | "logprobs" | "prompt_logprobs":
                 values[name] = read_int(name, value)
-            case "temperature" | "top_p":
+            case (
+                "temperature"
+                | "top_p"
+                | "min_p"
+                | "presence_penalty"
+                | "frequency_penalty"
+                | "repetition_penalty"
+            ):
                 values[name] = read_number(name, value)
+            case "logit_bias":
+                values[name] = read_logit_bias(name, value)
+            case "bad_words":
+                values[name] = read_bad_words(name, value)
             case "stop_token_ids":
                 values[name] = read_token_ids(name, value)
-            case "ignore_eos":
+            case "ignore_eos" | "include_stop_str_in_output":
                 values[name] = read_bool(name, value)
+            case "stop":
+                values[name] = read_stop(name, value)
             case _:
                 raise AssertionError(f"SamplingParams.{name} has no reader")
     if "seed" not in values:
         values["seed"] = derive_seed(defaults.seed, custom_id)
     sampling = SamplingParams(**values)
-    return BatchRequest(custom_id, line, prompt, sampling, hash_request(prompt, sampling))
+    model = None if body.get("model") is None else read_text("model", body["model"])
+    return BatchRequest(custom_id, line, prompt, sampling, hash_request(prompt, sampling), model)

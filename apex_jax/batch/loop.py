@@ -7,12 +7,13 @@ may be resumed or of messages: job.py sets that up.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from apex_jax.batch.flow import Finished, RequestFlow
 from apex_jax.batch.id_index import IdIndex, id_key
 from apex_jax.batch.interruption import Interruption
 from apex_jax.batch.journal import Journal
 from apex_jax.batch.lines import BadLine, BatchRequest, RawLine, parse_line
+from apex_jax.batch.logprobs import TokenTexts, logprob_fields
 from apex_jax.batch.progress import Progress
 from apex_jax.batch.protocol import BatchEngine
 from apex_jax.batch.reorder import ReorderBuffer
@@ -25,8 +26,9 @@ from apex_jax.batch.results import (
 from apex_jax.batch.resume import check_line
 from apex_jax.batch.statistics import Statistics
 from apex_jax.config import Config
-from apex_jax.request import Request, RequestError, RequestOutput
-from apex_jax.text import Tokenizer
+from apex_jax.request import RequestError
+from apex_jax.text.chat import Chat
+from apex_jax.text.model_text import ModelText
 
 # Lines handled between two sweeps: a stretch of finished or bad lines must not starve the engine.
 MAX_LINES_PER_SWEEP = 256
@@ -36,8 +38,8 @@ MIN_REORDER = 1024
 
 
 @dataclass(frozen=True)
-class _InFlight:
-    """A submitted request. ticket: its place in the output. num_bytes: of its line."""
+class _Asked:
+    """A submitted line. ticket: its place in the output. num_bytes: of its line."""
 
     request: BatchRequest
     ticket: int
@@ -51,7 +53,7 @@ class JobLoop:
         self,
         config: Config,
         engine: BatchEngine,
-        tokenizer: Tokenizer | None,
+        text: ModelText,
         lines: Iterator[RawLine],
         journal: Journal,
         index: IdIndex,
@@ -64,7 +66,8 @@ class JobLoop:
     ) -> None:
         self._config = config
         self._engine = engine
-        self._tokenizer = tokenizer
+        decode = None if text.tokenizer is None else text.decode_within
+        self._token_texts = TokenTexts(decode)
         self._lines = lines
         self._journal = journal
         self._index = index
@@ -73,13 +76,12 @@ class JobLoop:
         self._interruption = interruption
         self._job_sha256 = job_sha256
         num_running = config.scheduler.max_running
-        # Twice what can run: a sweep may finish all of them at once, and the next must find work.
-        self._max_waiting = 2 * num_running
+        self._flow: RequestFlow[_Asked] = RequestFlow(engine, text, num_running)
         self._reorder = (
             ReorderBuffer(max(MIN_REORDER, REORDER_FACTOR * num_running)) if ordered else None
         )
-        self._in_flight: dict[str, _InFlight] = {}
         self._at_end = False
+        self._has_named_model = False
         self._started_sec = time.monotonic()
 
     @property
@@ -98,13 +100,13 @@ class JobLoop:
             while self._interruption.signal_number is None:
                 self._feed()
                 if self._engine.num_unfinished:
-                    for output in self._engine.step():
-                        self._deliver(output)
+                    for finished in self._flow.step():
+                        self._deliver(finished)
                 elif self._at_end:
                     return True
                 self._progress.update(
                     self._statistics,
-                    num_running=len(self._in_flight),
+                    num_running=self._flow.num_in_flight,
                     num_output_tokens=self._engine.num_output_tokens,
                     elapsed_sec=self.elapsed_sec,
                 )
@@ -117,7 +119,7 @@ class JobLoop:
     def _feed(self) -> None:
         """Submit lines until the queue is long enough, the reorder window full, or the time up."""
         for _ in range(MAX_LINES_PER_SWEEP):
-            if self._at_end or self._engine.num_waiting >= self._max_waiting:
+            if self._at_end or not self._flow.has_room:
                 return
             if self._reorder is not None and self._reorder.is_full:
                 return
@@ -143,39 +145,43 @@ class JobLoop:
         if isinstance(entry, BadLine):
             self._fail(ticket, encode_bad_line(entry, self._job_sha256), raw)
             return
+        self._compare_model(entry)
+        asked = _Asked(entry, ticket, raw.num_bytes)
         try:
-            self._engine.submit(self._resolve(entry))
+            self._flow.submit(entry.custom_id, entry.prompt, entry.sampling, asked)
         except RequestError as error:
             self._fail(ticket, encode_failed_request(entry, str(error), self._job_sha256), raw)
+
+    def _compare_model(self, entry: BatchRequest) -> None:
+        """Say once where lines name another model than the one that runs.
+
+        No error: files are written for a served name, which no folder of weights knows.
+        """
+        own = self._engine.model.name
+        if entry.model is None or self._has_named_model or entry.model.split("/")[-1] == own:
             return
-        self._in_flight[entry.custom_id] = _InFlight(entry, ticket, raw.num_bytes)
-
-    def _resolve(self, entry: BatchRequest) -> Request:
-        """Turn text into token ids. Raises RequestError."""
-        prompt = entry.prompt
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                folder = Path(self._config.model.path or "").expanduser()
-                raise RequestError(
-                    f"prompt is text, and there is no {folder / 'tokenizer.json'}: give "
-                    "prompt_token_ids"
-                )
-            prompt = self._tokenizer.encode(prompt)
-        return Request(entry.custom_id, prompt, entry.sampling)
-
-    def _deliver(self, output: RequestOutput) -> None:
-        """Write the line of a finished request."""
-        flight = self._in_flight.pop(output.request.request_id)
-        text = None
-        if self._tokenizer is not None:
-            # The token that stopped the output is among token_ids, but is no part of the text.
-            shown = output.token_ids[: -1 if output.finish_reason == "stop" else None]
-            text = self._tokenizer.decode_after(output.request.prompt_token_ids, shown)
-        line = encode_result(
-            flight.request, output, text, self._engine.model.name, self._job_sha256, time.time()
+        self._has_named_model = True
+        self._progress.message(
+            f"note: line {entry.line} names the model {entry.model[:100]!r}; every line runs with "
+            f"{own}"
         )
-        self._write(flight.ticket, line)
-        self._statistics.add_result(output, flight.num_bytes)
+
+    def _deliver(self, finished: Finished[_Asked]) -> None:
+        """Write the line of a finished request."""
+        asked = finished.tag
+        logprobs = logprob_fields(
+            finished.output, self._token_texts, is_chat=isinstance(asked.request.prompt, Chat)
+        )
+        line = encode_result(
+            asked.request,
+            finished,
+            logprobs,
+            self._engine.model.name,
+            self._job_sha256,
+            time.time(),
+        )
+        self._write(asked.ticket, line)
+        self._statistics.add_result(finished.output, asked.num_bytes)
 
     def _fail(self, ticket: int, line: bytes, raw: RawLine) -> None:
         self._write(ticket, line)

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from apex_jax.batch.flow import Finished
 from apex_jax.batch.id_index import id_key, line_key
 from apex_jax.batch.lines import BadLine, BatchRequest
-from apex_jax.request import FinishReason, RequestOutput
+from apex_jax.request import FinishReason
+from apex_jax.text.chat import Chat
 
 DUPLICATE = "duplicate_custom_id"
 # Every output line begins so; a torn last line that does not is no line of ours.
@@ -60,27 +62,38 @@ class FinishedLine:
 
 def encode_result(
     request: BatchRequest,
-    output: RequestOutput,
-    text: str | None,
+    finished: Finished[Any],
+    logprobs: Mapping[str, Any],
     model_name: str,
     job_sha256: str,
     created_sec: float,
 ) -> bytes:
-    """Return the output line of a finished request. text: None where there is no tokenizer."""
+    """Return the output line of a finished request; `text` is null where there is no tokenizer.
+
+    logprobs: the fields that say what it asks for of those.
+    """
+    output = finished.output
     name = hashlib.sha256(f"{request.custom_id}:{request.sha256}".encode()).hexdigest()[:24]
     num_prompt, num_output = len(output.request.prompt_token_ids), len(output.token_ids)
+    if isinstance(request.prompt, Chat):
+        kind, prefix = "chat.completion", "chatcmpl"
+        answer = {"message": {"role": "assistant", "content": finished.text}}
+    else:
+        kind, prefix = "text_completion", "cmpl"
+        answer = {"text": finished.text}
     body = {
-        "id": f"cmpl-{name}",
-        "object": "text_completion",
+        "id": f"{prefix}-{name}",
+        "object": kind,
         "created": int(created_sec),
         "model": model_name,
         "choices": [
             {
                 "index": 0,
-                "text": text,
+                **answer,
                 "token_ids": list(output.token_ids),
-                "logprobs": None,
                 "finish_reason": FinishReason(output.finish_reason).value,
+                "stop_reason": finished.stop_reason,
+                **logprobs,
             }
         ],
         "usage": {
