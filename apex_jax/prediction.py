@@ -96,18 +96,19 @@ class Predictor:
         ends_sec = times.embed(rows) + times.pre_attention(rows) + times.post_attention(rows)
         merge_sec = times.linear(demand.device_rows, rows) - times.linear(demand.device_rows)
         num_single = num_layers if choice.passes != 1 else min(num_layers, cohorts * self._span)
-        base_sec = self._device_sweep_sec(demand, num_single) + cohorts * merge_sec
+        base_sec = self._device_sweep_sec(demand, num_single)
         if choice.passes != 1:
             # Decisions are put off until the device is at its attention: a short one ends before
             # Python has dispatched what follows.
             attention_sec = times.device_attention(demand.device_rows, demand.device_tokens)
             base_sec += num_layers * max(0.0, times.dispatch_sec - attention_sec)
-        sweep_sec, num_sweeps, host_busy = base_sec, float(num_layers), 0.0
+        with_all_sec = base_sec + cohorts * merge_sec
+        sweep_sec, num_sweeps, host_busy = with_all_sec, float(num_layers), 0.0
         for _ in range(NUM_ITERATIONS):
             # Cohorts queue for the host: a quarter of another's turn, as often as it is busy.
             queue_sec = (cohorts - 1) * host_sec * host_busy / 4 if choice.passes != 1 else 0.0
             fewest_sweeps = self._fewest_sweeps(
-                choice.passes, trip_sec + queue_sec, base_sec, demand
+                choice.passes, trip_sec + queue_sec, with_all_sec, demand
             )
             host_sweeps = num_layers * cohorts * host_sec / sweep_sec
             num_sweeps = max(fewest_sweeps, host_sweeps)
@@ -124,7 +125,9 @@ class Predictor:
                 num_merges *= 1 - 1 / num_sweeps  # but not in the sweep it samples with
                 num_alone = max(0.0, num_layers / num_sweeps - num_merges)
             host_busy = min(1.0, cohorts * num_layers / num_sweeps * host_sec / sweep_sec)
-            sweep_sec = base_sec + cohorts * (num_alone * alone_sec + ends_sec / num_sweeps)
+            num_merged = min(1.0, num_layers / num_sweeps - num_alone)
+            riding_sec = num_merged * merge_sec + num_alone * alone_sec + ends_sec / num_sweeps
+            sweep_sec = base_sec + cohorts * riding_sec
             sweep_sec *= 1 + (times.device_slowdown - 1) * host_busy
         return Prediction(
             choice,

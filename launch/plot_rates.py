@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 from launch.plot_timeline import BAR_COLORS, OTHER_COLOR
 
 Row = dict[str, Any]
-WIDTH, LEFT, RIGHT, BAR, GAP = 880, 170, 110, 16, 30  # pixels
+WIDTH, LEFT, RIGHT, BAR, GAP = 880, 170, 150, 16, 30  # pixels
 
 
 def draw_rates(rows: Sequence[Row]) -> str:
