@@ -149,11 +149,8 @@ class Apex(Adaptive):
             reason = "the host lane would yield no more"
         if candidates and candidates[0].rate > (1 + MIN_GAIN) * device_only.rate:
             best, reason = self._stay_or_go(candidates)
-        if (
-            self._policy is self._homing
-            or self.decision is None
-            or best.choice != self.decision.best.choice
-        ):
+        in_force = None if self.decision is None else self.decision.best.choice
+        if best.choice != in_force or self._policy is self._homing:
             self._use(best.choice)
         self.decision = Decision(demand, best, device_only, tuple(candidates), reason)
 

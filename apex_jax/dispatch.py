@@ -9,6 +9,7 @@ Points: a token of a cohort passes points 0 to L. Point 0 embeds it and enters l
 samples. Between two points lies the host's attention of one layer. Imports no jax.
 """
 
+import functools
 import math
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -153,6 +154,8 @@ class Dispatch:
         self._watchdog_sec = watchdog_sec
         self._cohorts: dict[int, _Cohort] = {}
         self._moves: list[_Moving] = []
+        # Of the backend alone: a method of this loop would hold it, and device memory, in a cycle.
+        self._is_ready = functools.partial(_is_ready, backend)
         self._transit = Transit(max_transit_pages, transit_sizes, self._is_ready)
         self._host_prefill: list[Handle] = []  # the group's hidden states, a handle a chunk
         self._queue = StageQueue(self._is_ready)
@@ -489,12 +492,13 @@ class Dispatch:
         self._queue.append(handles[-1])
         return handles
 
-    def _is_ready(self, handle: Handle) -> bool:
-        return self._backend.wait_any((handle,), AT_ONCE) is not None
-
     def _wait(self, handles: Sequence[Handle]) -> Handle:
         deadline_sec = self._backend.now() + self._watchdog_sec
         ready = self._backend.wait_any(handles, deadline_sec)
         if ready is None:
             raise StuckError(f"nothing moved for {self._watchdog_sec:g} s: {self.describe()}")
         return ready
+
+
+def _is_ready(backend: Backend, handle: Handle) -> bool:
+    return backend.wait_any((handle,), AT_ONCE) is not None

@@ -60,6 +60,10 @@ class Steered:
     def max_host_rows(self) -> int | None:
         return self._policy.max_host_rows
 
+    @property
+    def device_prompts_first(self) -> bool:
+        return self._policy.device_prompts_first
+
     def consider(self, load: Load) -> None:
         self._policy.consider(load)
 

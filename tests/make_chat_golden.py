@@ -1,4 +1,4 @@
-"""Write tests/golden/chat: published chat templates, and what transformers renders with them.
+"""Write tests/chat_golden: published chat templates, and what transformers renders with them.
 
 Run by hand, in an environment with transformers (no torch), when a template or case is added:
 
@@ -17,7 +17,7 @@ import jinja2
 import tokenizers
 import transformers
 
-GOLDEN = pathlib.Path(__file__).parent / "golden/chat"
+GOLDEN = pathlib.Path(__file__).parent / "chat_golden"
 
 # name: (where it is published, bos_token, eos_token, chat_template of its tokenizer_config.json)
 TEMPLATES = {

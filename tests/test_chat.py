@@ -12,7 +12,7 @@ from apex_jax.request import RequestError
 from apex_jax.text.chat import Chat, load_chat_template
 from apex_jax.text.model_text import load_text
 
-GOLDEN = pathlib.Path(__file__).parent / "golden/chat"
+GOLDEN = pathlib.Path(__file__).parent / "chat_golden"
 NOW = datetime.datetime(2026, 11, 24, 15, 30)
 HELLO = Chat(({"role": "user", "content": "hello"},))
 
