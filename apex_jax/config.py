@@ -132,7 +132,7 @@ class SchedulerConfig:
         worst, a first use of a GPU library some more.
     """
 
-    strategy: str = "device_only"
+    strategy: str = "apex"
     cohorts: int = 2
     passes: int = 2
     max_host_tpot_sec: float | None = None

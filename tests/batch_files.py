@@ -17,6 +17,7 @@ def make_config(folder: Path, **sampling) -> Config:
     config = Config()
     config.model.path = str(folder)
     config.scheduler.max_requests = 4
+    config.scheduler.strategy = "device_only"
     for name, value in sampling.items():
         setattr(config.sampling, name, value)
     return config

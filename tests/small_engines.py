@@ -77,7 +77,9 @@ WARM_UP_LINES: list[str] = []
 def make_config(**model: object) -> Config:
     return Config(
         model=ModelConfig(**model),
-        scheduler=SchedulerConfig(max_requests=4, max_prefill_tokens=16, max_model_len=160),
+        scheduler=SchedulerConfig(
+            strategy="device_only", max_requests=4, max_prefill_tokens=16, max_model_len=160
+        ),
         device=DeviceConfig(platform="cpu"),
     )
 

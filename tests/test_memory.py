@@ -34,7 +34,7 @@ PAGE_BYTES = 2 * 4 * 2 * 16 * 16 * 4  # keys and values, layers, heads, width, t
 
 def config_of(**settings):
     config = Config()
-    config.scheduler.max_requests = 8
+    config.scheduler.max_requests, config.scheduler.strategy = 8, "device_only"
     for name, value in settings.items():
         owner = next(one for one in (config.cache, config.scheduler) if hasattr(one, name))
         setattr(owner, name, value)
