@@ -64,8 +64,12 @@ class Adaptive:
         return self._policy.passes
 
     def form(self, load: Load) -> Mapping[int, Sequence[int]]:
-        begins_nothing = self._policy is self._at_rest or self._policy is self._homing
-        return {} if begins_nothing else self._policy.form(load)
+        if self._policy is self._homing:
+            return {}
+        # Whom only the host can hold it serves whether that pays or not.
+        if self._policy is self._at_rest and not load.num_homeless:
+            return {}
+        return self._policy.form(load)
 
     def may_enter(self, points: Sequence[int], num_layers: int) -> bool:
         return self._policy.may_enter(points, num_layers)
@@ -118,7 +122,9 @@ class Apex(Adaptive):
 
     def consider(self, load: Load) -> None:
         num_host, num_tokens = _host_rows(load)
-        if load.num_homing >= max(1, min(num_host, load.num_settled_rows // HOMING_SHARE)):
+        if not load.num_homeless and load.num_homing >= max(
+            1, min(num_host, load.num_settled_rows // HOMING_SHARE)
+        ):
             # Rows change lanes between tokens, so those under way are hurried to their end.
             self._policy = self._homing
             self._seen = ()

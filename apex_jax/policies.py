@@ -54,6 +54,7 @@ class Load:
     num_settled_rows, num_settled_tokens: the device lane, those with prompts under way included.
     num_waiting: requests in neither lane. num_homing: host-lane rows for which the device has room,
     where nobody waits for it.
+    num_homeless: host-lane rows that the device can never hold.
     lengths: tokens of KV of each host-lane row without a token under way, oldest first.
     num_under_way, num_tokens_under_way: the other host-lane rows in cohorts, and their KV.
     idle_cohorts: those that may begin a token (ids). max_rows: of a cohort.
@@ -66,6 +67,7 @@ class Load:
     num_settled_tokens: int = 0
     num_waiting: int = 0
     num_homing: int = 0
+    num_homeless: int = 0
     lengths: Sequence[int] = ()
     num_under_way: int = 0
     num_tokens_under_way: int = 0
@@ -80,7 +82,8 @@ class Policy(Protocol):
     max_cohorts: with tokens under way at once; 0 for no host lane. uses_device_lane: whether any
     KV lives on the device. passes: points a cohort may pass per sweep, counted from the device's
     coming by to the next; None for all. With 1 the loop runs ahead from one cohort's place to the
-    next. max_host_rows: requests worth having in the host lane; None for all it has room for.
+    next. max_host_rows: requests worth having in the host lane, besides those that the device can
+    never hold; None for all it has room for.
     device_prompts_first: whether prompts for the host wait while the device prefills its own.
     """
 

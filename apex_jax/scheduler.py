@@ -451,7 +451,8 @@ class Scheduler:
         num_staging_pages = 0
         limit = self._policy.max_host_rows
         for sequence in self._waiting:
-            if limit is not None and len(host.sequences) + len(candidates) >= limit:
+            is_enough = limit is not None and len(host.sequences) + len(candidates) >= limit
+            if is_enough and self._device.can_ever_hold(sequence):
                 break
             num_staging_pages += num_pages_for(sequence.num_tokens, self.page_size)
             if sequence.num_unread or num_staging_pages > shapes.num_staging_pages:
@@ -535,6 +536,7 @@ class Scheduler:
         idle: list[int],
     ) -> Load:
         """Describe the sweep that is being planned; rows: host rows without a token under way."""
+        assert self._host is not None
         assert self._buckets is not None
         settled = self._device.sequences
         under_way = list(itertools.chain.from_iterable(self._cohorts.values()))
@@ -546,6 +548,7 @@ class Scheduler:
             num_settled_tokens=sum(sequence.num_tokens for sequence in settled),
             num_waiting=len(self._waiting),
             num_homing=self._count_homing(),
+            num_homeless=sum(not self._device.can_ever_hold(one) for one in self._host.sequences),
             lengths=[sequence.num_tokens for sequence in rows],
             num_under_way=len(under_way),
             num_tokens_under_way=sum(sequence.num_tokens for sequence in under_way),

@@ -1,6 +1,7 @@
 """Strategies that choose: what they choose, when they change, and that it pays."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -167,6 +168,42 @@ def test_it_is_as_good_as_the_best_fixed_strategy(seed):
     chosen = rate(Apex(times, SPAN))
     assert chosen >= 0.98 * rates[0]
     assert chosen >= 0.95 * max(rates)
+
+
+def play_job(policy, requests, *, num_pages=8):
+    """Play requests of (prompt, output) tokens to their end; returns the simulation."""
+    simulation = Simulation(
+        replace(TIMES, num_layers=8),
+        policy,
+        num_pages=num_pages,
+        num_host_pages=200,
+        max_model_len=1024,
+        max_requests=8,
+        max_host_requests=16,
+    )
+    for prompt_tokens, output_tokens in requests:
+        simulation.submit(prompt_tokens, output_tokens)
+    simulation.run()
+    assert len(simulation.outputs) == len(requests)
+    return simulation
+
+
+def test_whom_only_the_host_can_hold_it_serves_whether_that_pays_or_not():
+    slow = replace(TIMES, num_layers=8, host_row_sec=500.0)
+    policy = Apex(slow, SPAN)
+    simulation = play_job(policy, [(30, 40), (30, 40), (300, 30)])
+    assert simulation.scheduler.stats.num_host_tokens >= 29  # all but the prompt's own
+    assert policy.max_host_rows == 0
+
+
+def test_a_job_s_end_does_not_wait_for_tokens_under_way():
+    """With merges alone a row has to wait nine sweeps until it may change lanes."""
+    times = replace(TIMES, num_layers=8, host_row_sec=0.05)
+    requests = [(20, 40)] * 16
+    chosen = play_job(Apex(times, SPAN), requests, num_pages=36)
+    merged = play_job(Merging(), requests, num_pages=36)
+    assert chosen.dispatch.stats.num_moves  # somebody came home
+    assert chosen.backend.now() < 0.9 * merged.backend.now()
 
 
 def drift(*, knows, corrects=True):

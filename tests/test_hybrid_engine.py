@@ -26,15 +26,18 @@ from small_engines import (
     with_limits,
 )
 
+from apex_jax.adaptive import MAX_COHORTS, Adaptive
 from apex_jax.cost_model import StageTimes
 from apex_jax.models import weights
 from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.plan import Direction
 from apex_jax.policies import DeviceOnly, Merging, Policy
+from apex_jax.prediction import Choice
 from apex_jax.request import Request, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("without_annotations_checked")
 NUM_CASES = 210
+FIRST_SWITCHING, NUM_SWITCHING = 10_000, 30  # cases whose schedule changes on its way
 NUM_REQUESTS = 5
 NUM_REQUEST_SETS = 3
 STRATEGIES = (
@@ -77,6 +80,8 @@ class Case:
 def draw_case(index: int) -> Case:
     rng = random.Random(index)
     strategy = STRATEGIES[index % len(STRATEGIES)]
+    if index >= FIRST_SWITCHING:
+        strategy = "switching"
     model = rng.choice(list(MODELS))
     max_requests, max_host_requests = MAX_REQUESTS[model]
     request_set = rng.randrange(NUM_REQUEST_SETS)
@@ -103,6 +108,26 @@ def draw_case(index: int) -> Case:
     )
 
 
+class Switching(Adaptive):
+    """Takes another schedule every few sweeps, whatever that yields."""
+
+    def __init__(self, rng: random.Random, num_layers: int):
+        super().__init__(StageTimes(num_layers=num_layers, linear_sec=1.0), 1)
+        self._rng, self._num_layers = rng, num_layers
+        self.device_prompts_first = rng.random() < 0.5
+
+    def consider(self, load):
+        rng = self._rng
+        if rng.random() < 0.7:
+            return
+        self.max_host_rows = rng.choice((None, 0, 2))
+        name = rng.choice(("device_only", "merging", "merging", "pipelining", "pipelining_all"))
+        passes = rng.choice((None, *range(1, self._num_layers + 1)))
+        self._use(Choice(name, rng.randint(1, MAX_COHORTS), passes, rng.randint(1, 4)))
+        if load.num_homing and not load.num_homeless and rng.random() < 0.5:
+            self._policy = self._homing
+
+
 def draw_policy(rng: random.Random, strategy: str, num_layers: int) -> Policy:
     match strategy:
         case "device_only":
@@ -115,6 +140,8 @@ def draw_policy(rng: random.Random, strategy: str, num_layers: int) -> Policy:
             return Merging(max_cohorts=rng.randint(2, 4), is_spread=True)
         case "passes":
             return Merging(max_cohorts=rng.randint(1, 3), passes=rng.randint(2, num_layers))
+        case "switching":
+            return Switching(random.Random(rng.random()), num_layers)
         case _:
             return AsymmetricPipelining(
                 StageTimes(
@@ -231,7 +258,9 @@ def assert_nothing_is_left(engine: object) -> None:
     assert not dispatch._moves
 
 
-@pytest.mark.parametrize("index", range(NUM_CASES))
+@pytest.mark.parametrize(
+    "index", [*range(NUM_CASES), *range(FIRST_SWITCHING, FIRST_SWITCHING + NUM_SWITCHING)]
+)
 def test_every_schedule_gives_the_tokens_of_the_device_alone(index):
     case = draw_case(index)
     right = right_choices(case.model, case.request_set)
