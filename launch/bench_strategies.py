@@ -34,7 +34,7 @@ from apex_jax.profile_table import measurements_to_json
 from apex_jax.request import Request, SamplingParams
 from launch.environment import environment
 from launch.measuring import ResultFile, Row
-from launch.schedule_arithmetic import Load, expected_rate, published_ratio
+from launch.schedule_arithmetic import Load, NoClosedFormError, expected_rate, published_ratio
 from launch.shared_engine import STRATEGIES, SharedEngine, WatchedBackend, use_two_cpu_devices
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Of the model; unset: a small one.")
@@ -161,6 +161,8 @@ class Run:
             row["measured_over_arithmetic"] = row["tokens_per_sec"] / expected
         except KeyError as error:
             row["arithmetic_left_out"] = f"no stage {error} was seen"
+        except NoClosedFormError as error:
+            row["arithmetic_left_out"] = str(error)
         row["published_ratio"] = published_ratio(settings, load)
         row["host_job_sec"] = float(np.median(job_sec)) if job_sec else None
         row["stage_sec"] = stage_sec

@@ -32,13 +32,21 @@ class Load:
         return self.num_cohorts * self.cohort_rows
 
 
+class NoClosedFormError(ValueError):
+    """The arithmetic says nothing of a strategy."""
+
+
 def expected_rate(
     settings: SchedulerConfig, load: Load, stage_sec: Mapping[str, float], host_job_sec: float
 ) -> float:
-    """Return tokens per second of both lanes. Raises KeyError where a stage was not measured.
+    """Return tokens per second of both lanes.
+
+    Raises KeyError where a stage was not measured, NoClosedFormError for a strategy that chooses.
 
     stage_sec: of each device stage. host_job_sec: of a cohort's attention in one layer.
     """
+    if settings.chooses:
+        raise NoClosedFormError(f"{settings.strategy} chooses among schedules")
     layers, rows, cohort = load.num_layers, load.device_bucket, load.cohort_bucket
     if settings.strategy == "full_offload":
         alone = stage_sec[f"boundary {cohort}"]

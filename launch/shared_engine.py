@@ -41,6 +41,7 @@ STRATEGIES = {
     "staggered_4": SchedulerConfig(strategy="staggered", cohorts=4),
     "passes_2": SchedulerConfig(strategy="passes", cohorts=2, passes=2),
     "passes_4": SchedulerConfig(strategy="passes", cohorts=2, passes=4),
+    "apex": SchedulerConfig(strategy="apex"),
 }
 
 

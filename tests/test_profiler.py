@@ -52,14 +52,12 @@ def choose_shapes(**changes):
     return choose(**{**settings, **changes})
 
 
-class PaddedTimes:
+class PaddedTimes(StageTimes):
     """What described hardware takes where programs are padded to buckets, as a real one's are."""
 
     def __init__(self, times: StageTimes, shapes: Buckets):
-        self._times, self._shapes = times, shapes
-
-    def __getattr__(self, name):
-        return getattr(self._times, name)
+        super().__init__(**vars(times))
+        object.__setattr__(self, "_shapes", shapes)  # its base is frozen
 
     def _rows(self, num_rows):
         return smallest_that_holds((0, *self._shapes.host.head_rows), num_rows)
@@ -80,38 +78,38 @@ class PaddedTimes:
         return prompts._replace(num_kv_tokens=tokens, num_pairs=prompts.num_tokens * tokens)
 
     def linear(self, num_rows, num_cohort_rows=0):
-        return self._times.linear(self._rows(num_rows), self._rows(num_cohort_rows))
+        return super().linear(self._rows(num_rows), self._rows(num_cohort_rows))
 
     def pre_attention(self, num_rows):
-        return self._times.pre_attention(self._rows(num_rows))
+        return super().pre_attention(self._rows(num_rows))
 
     def post_attention(self, num_rows):
-        return self._times.post_attention(self._rows(num_rows))
+        return super().post_attention(self._rows(num_rows))
 
     def head(self, num_rows, *, is_greedy=False):
-        return self._times.head(self._rows(num_rows))
+        return super().head(self._rows(num_rows))
 
     def layers(self, num_layers, num_rows, num_tokens):
         rows = self._rows(num_rows)
-        return self._times.layers(num_layers, rows, self._tokens(num_rows, num_tokens))
+        return super().layers(num_layers, rows, self._tokens(num_rows, num_tokens))
 
     def device_attention(self, num_rows, num_tokens):
-        return self._times.device_attention(num_rows, self._tokens(num_rows, num_tokens))
+        return super().device_attention(num_rows, self._tokens(num_rows, num_tokens))
 
     def prefill(self, num_layers, prompts):
-        return self._times.prefill(num_layers, self._prompts(prompts))
+        return super().prefill(num_layers, self._prompts(prompts))
 
     def staged_layer(self, prompts):
-        return self._times.staged_layer(self._prompts(prompts))
+        return super().staged_layer(self._prompts(prompts))
 
     def device_copy(self, num_tokens):
-        return self._times.device_copy(self._pages(num_tokens))
+        return super().device_copy(self._pages(num_tokens))
 
     def host_copy(self, num_tokens):
-        return self._times.host_copy(self._pages(num_tokens))
+        return super().host_copy(self._pages(num_tokens))
 
     def transfer(self, num_rows=0, num_tokens=0):
-        return self._times.transfer(self._rows(num_rows), self._pages(num_tokens))
+        return super().transfer(self._rows(num_rows), self._pages(num_tokens))
 
 
 SHAPES = choose_shapes()
