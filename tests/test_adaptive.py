@@ -12,7 +12,10 @@ from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.policies import DeviceOnly, Load, Merging
 from apex_jax.simulation import Simulation, steady_state
 
-pytestmark = pytest.mark.usefixtures("without_annotations_checked")
+pytestmark = [
+    pytest.mark.usefixtures("without_annotations_checked"),
+    pytest.mark.main_python,
+]
 
 SPAN = 4
 TIMES = StageTimes(num_layers=32, linear_sec=1.0, device_attention_sec=0.5, host_row_sec=0.1)

@@ -44,10 +44,10 @@ def choose_platform(request):
 
 
 platform = pytest.fixture(choose_platform, params=["cpu", ON_GPU], name="platform")
-half_platform = pytest.fixture(
+slow_platform = pytest.fixture(
     choose_platform,
     params=[pytest.param("cpu", marks=pytest.mark.slow), ON_GPU],
-    name="half_platform",
+    name="slow_platform",
 )
 
 
@@ -136,10 +136,10 @@ def shared_engine(platform):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_gives_the_tokens_of_transformers(platform, strategy):
+def test_every_strategy_gives_the_tokens_of_transformers(slow_platform, strategy):
     """With room for two or three of the ten requests on the device, in full float32."""
     requests, right, margins, stds = golden_requests()
-    shared = shared_engine(platform)
+    shared = shared_engine(slow_platform)
     settings = SchedulerConfig(strategy=strategy, max_host_requests=8)
     started = shared.start(shared.make_policy(settings), num_pages=24)
     near_tie.assert_equal_but_for_ties(run(started.engine, requests), right, margins, stds)
@@ -172,8 +172,8 @@ def test_pages_are_updated_in_place(platform):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_runs_in_place_and_stays_finite(half_platform, dtype):
-    engine = make_engine(half_platform, dtype)
+def test_half_precision_runs_in_place_and_stays_finite(slow_platform, dtype):
+    engine = make_engine(slow_platform, dtype)
     requests, *_ = golden_requests()
     tokens = run(engine, requests)
     vocab_size = engine.model.architecture.vocab_size
@@ -181,7 +181,7 @@ def test_half_precision_runs_in_place_and_stays_finite(half_platform, dtype):
     for array in pools(engine):
         assert array.dtype.name == dtype
         assert np.isfinite(np.asarray(array).astype(np.float32)).all()
-    if half_platform == "gpu":  # XLA's CPU widens half precision, and copies
+    if slow_platform == "gpu":  # XLA's CPU widens half precision, and copies
         check_in_place(engine, HALF[dtype])
 
 

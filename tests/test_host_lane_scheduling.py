@@ -20,7 +20,10 @@ from apex_jax.plan import Direction
 from apex_jax.policies import Merging
 from apex_jax.scheduler import Scheduler
 
-pytestmark = pytest.mark.usefixtures("without_annotations_checked")
+pytestmark = [
+    pytest.mark.usefixtures("without_annotations_checked"),
+    pytest.mark.main_python,
+]
 TIMES = StageTimes(num_layers=6, linear_sec=1.0, host_attention_sec_per_token=0.01)
 POLICIES = {
     "full_offload": Merging(max_cohorts=2, uses_device_lane=False),

@@ -59,7 +59,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def llm(engines, folder):
-    with LLM(folder, scheduler={"max_requests": 4}) as llm:
+    with LLM(folder, scheduler={"max_requests": 4, "strategy": "device_only"}) as llm:
         yield llm
 
 

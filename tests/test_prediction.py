@@ -11,7 +11,10 @@ from apex_jax.policies import DeviceOnly, Merging
 from apex_jax.prediction import DEVICE_ONLY, Choice, Demand, Predictor
 from apex_jax.simulation import steady_state
 
-pytestmark = pytest.mark.usefixtures("without_annotations_checked")
+pytestmark = [
+    pytest.mark.usefixtures("without_annotations_checked"),
+    pytest.mark.main_python,
+]
 
 SPAN = 4
 TIMES = StageTimes(num_layers=8, linear_sec=1.0, device_attention_sec=0.5, host_row_sec=0.1)

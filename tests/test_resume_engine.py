@@ -108,6 +108,7 @@ def kill_after(command, output, num_more, delay_sec):
     return was_alive
 
 
+@pytest.mark.other_python
 @pytest.mark.parametrize(("flags", "num_kills"), [(DEVICE, 4), (BOTH_LANES, 10)])
 def test_a_killed_job_goes_on_with_the_right_tokens(tmp_path, flags, num_kills):
     command, output = make_command(tmp_path, flags), tmp_path / "out.jsonl"

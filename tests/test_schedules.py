@@ -15,7 +15,10 @@ from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.policies import DeviceOnly, Merging
 from apex_jax.simulation import Simulation, steady_state
 
-pytestmark = pytest.mark.usefixtures("without_annotations_checked")
+pytestmark = [
+    pytest.mark.usefixtures("without_annotations_checked"),
+    pytest.mark.main_python,
+]
 
 G = 4  # device rows
 TL, TA, A = 1.0, 0.5, 0.1

@@ -28,7 +28,10 @@ from launch.conditions import (
 from launch.plot_rates import draw_rates
 from launch.workloads import Lengths, draw_trace, draw_uniform, poisson_arrivals, traces
 
-pytestmark = pytest.mark.usefixtures("without_annotations_checked")
+pytestmark = [
+    pytest.mark.usefixtures("without_annotations_checked"),
+    pytest.mark.main_python,
+]
 
 TIMES = StageTimes(num_layers=4, linear_sec=1.0, device_attention_sec=0.5, host_row_sec=0.1)
 T4 = Condition("t4", "paper_t4", "llama_2_7b", prompt_tokens=200, output_tokens=20)
