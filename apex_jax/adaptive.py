@@ -128,6 +128,11 @@ class Apex(Adaptive):
             # Rows change lanes between tokens, so those under way are hurried to their end.
             self._policy = self._homing
             self._seen = ()
+            demand = Demand(load.num_settled_rows, load.num_settled_tokens, num_host)
+            alone = self._predictor.device_only(demand)
+            best = alone._replace(choice=Choice("homing", MAX_COHORTS, None))
+            reason = "the device has room for who is on the host"
+            self.decision = Decision(demand, best, alone, (), reason)
             return
         self._num_sweeps += 1
         # Powers of two: a load that differs as much is another load.
@@ -156,7 +161,7 @@ class Apex(Adaptive):
         if candidates and candidates[0].rate > (1 + MIN_GAIN) * device_only.rate:
             best, reason = self._stay_or_go(candidates)
         in_force = None if self.decision is None else self.decision.best.choice
-        if best.choice != in_force or self._policy is self._homing:
+        if best.choice != in_force:
             self._use(best.choice)
         self.decision = Decision(demand, best, device_only, tuple(candidates), reason)
 
@@ -265,8 +270,10 @@ class ApexPaper(Adaptive):
                 piped._replace(choice=Choice("pipelining", 2, None, piped.choice.cohort_rows)),
                 f"equation 6: N_G / N_C = {ratio:.3g} is below {limit:.3g}",
             )
-        window_sec = device_only.sweep_sec - 2 * times.transfer(num_rows=host_rows)
-        cohort_rows = max(1, self._predictor.rows_within(window_sec, demand))
+        cohort_rows = host_rows
+        if demand.device_rows:  # else there is no window to miss
+            window_sec = device_only.sweep_sec - 2 * times.transfer(num_rows=host_rows)
+            cohort_rows = max(1, self._predictor.rows_within(window_sec, demand))
         choice = Choice("merging", 1, 1, min(max_rows, cohort_rows))
         return (
             self._predictor.merging(demand, choice),

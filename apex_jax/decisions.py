@@ -56,7 +56,8 @@ class DecisionRecord:
         if decision is None:
             return
         has_prompts = plan.prefill is not None or plan.host_prefill is not None
-        if plan.decode is not None and not has_prompts and sweep_sec > 0:
+        is_plain = plan.decode is not None and not has_prompts
+        if is_plain and sweep_sec > 0 and decision.best.sweep_sec > 0:  # 0 without device rows
             self._errors.append(abs(math.log(decision.best.sweep_sec / sweep_sec)))
         if self.on_decision is not None:
             self.on_decision(self._entry(plan, decision, sweep_sec))

@@ -31,9 +31,9 @@ class Demand(NamedTuple):
 class Choice(NamedTuple):
     """A schedule with its numbers.
 
-    name: device_only, merging, pipelining or (with takes_all) pipelining_all. cohorts: with tokens
-    under way. passes: points that each may pass per sweep; None for all. cohort_rows: the most rows
-    of one.
+    name: device_only, merging, pipelining, (with takes_all) pipelining_all, or homing, in which no
+    token begins. cohorts: with tokens under way. passes: points that each may pass per sweep; None
+    for all. cohort_rows: the most rows of one.
     """
 
     name: str

@@ -107,6 +107,23 @@ def test_tokens_under_way_end_where_the_host_is_left_alone():
     assert policy.passes == 1  # they merge, and cost nothing
 
 
+def test_rows_that_the_device_has_room_for_are_hurried_home():
+    policy = Apex(TIMES, SPAN)
+    policy.consider(load(8, 100))
+    decision = decided(policy, load(8, 100, num_homing=2))
+    assert decision.best.choice.name == "homing"
+    assert policy.form(load(8, 100)) == {}
+    assert policy.passes is None
+    # And what was in force before is taken up again.
+    assert decided(policy, load(8, 100)).best.choice.name == "merging"
+    assert policy.form(load(8, 100))
+
+
+def test_the_paper_s_rule_lets_everybody_ride_where_the_device_has_no_rows():
+    policy = ApexPaper(TIMES, SPAN)
+    assert decided(policy, load(0, 60)).best.choice.cohort_rows == 60
+
+
 @pytest.mark.parametrize("ratio", [0.5, 0.8, 1.25, 2.0])
 def test_the_paper_s_rule_is_equation_6(ratio):
     linear_sec, attention_sec, rows = 1.0, 0.5, 16
