@@ -123,6 +123,12 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         times = metrics[name]
         if times is not None:
             lines.append(f"{title}       {_format_times(times)}")
+    reuse = metrics["prefix_reuse"]
+    if reuse is not None:
+        lines.append(
+            f"prefixes   {reuse['reused_tokens']} of {reuse['admitted_tokens']} prompt tokens "
+            f"reused ({100 * reuse['hit_rate']:.1f} %)"
+        )
     if metrics["hybrid"] is not None:
         lines += _hybrid_lines(metrics)
     peaks = metrics["peak_bytes"]
