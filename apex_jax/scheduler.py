@@ -143,6 +143,8 @@ class Scheduler:
                 f"{num_tokens}; the limit here is {self.max_model_len} (the model's context, "
                 "scheduler.max_model_len or what the KV cache holds, whichever is least)"
             )
+        if sampling.n > 1:
+            raise RequestError(f"n is {sampling.n}: the engine takes one request for each output")
         if sampling.stop and request.is_last is None:
             raise RequestError("stop is given, and the request has no is_last to find it")
         stops = frozenset(sampling.stop_token_ids)

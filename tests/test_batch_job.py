@@ -37,7 +37,7 @@ from apex_jax.text.tokenizer import JsonTokenizer
 
 BAD_LINES = [
     "not json\n",
-    {"custom_id": "bad", "prompt_token_ids": [1], "n": 2},
+    {"custom_id": "bad", "prompt_token_ids": [1], "best_of": 2},
     {"prompt_token_ids": [1]},
     {"custom_id": "long", "prompt_token_ids": [1] * 500},
     {"custom_id": "r3", "prompt_token_ids": [1]},
@@ -90,6 +90,44 @@ def test_result_line(job):
     assert origin["sampling"] == json.loads(json.dumps(dataclasses.asdict(sampling)))
     raw = RawLine(1, json.dumps(item).encode(), 0, "")
     assert origin["request_sha256"] == parse_line(raw, SamplingDefaults()).sha256
+
+
+def test_several_choices_of_a_line(job):
+    write_byte_tokenizer(job.folder)
+    asked = {"max_tokens": 20, "seed": 4, "prompt_logprobs": None}
+    message = {"role": "user", "content": "ho"}
+    write_template(job.folder, "{{ messages[0].content }}")
+    lines = [
+        {"custom_id": "alone", "prompt": "hi", **asked},
+        {"custom_id": "a", "prompt": "hi", "n": 5, **asked},
+        {"custom_id": "a#1", "prompt": "hi", **asked},  # what a choice of its would be called
+        {"custom_id": "chat", "messages": [message], "n": 2, **asked},
+    ]
+    write_lines(job.input, lines)
+    assert job.run(ordered=True) == 0
+    alone, several, other, chat = (item["response"]["body"] for item in read_output(job.output))
+    assert [choice["index"] for choice in several["choices"]] == list(range(5))
+    assert several["choices"][0] == alone["choices"][0] == other["choices"][0]
+    texts = [tuple(choice["token_ids"]) for choice in several["choices"]]
+    assert len(set(texts)) == 5
+    assert several["usage"] == {
+        "prompt_tokens": alone["usage"]["prompt_tokens"],
+        "completion_tokens": sum(map(len, texts)),
+        "total_tokens": alone["usage"]["prompt_tokens"] + sum(map(len, texts)),
+    }
+    assert [choice["message"]["role"] for choice in chat["choices"]] == ["assistant"] * 2
+    assert len(job.engine.submitted) == len(set(job.engine.submitted)) == 9
+    assert "4 finished, 0 failed" in job.said
+    assert job.run() == 0
+    assert job.engine.submitted == []
+
+
+def test_a_group_without_room_is_refused_as_one(job):
+    write_lines(job.input, [{"custom_id": "a", "prompt_token_ids": [1] * 500, "n": 3}])
+    assert job.run() == 1
+    (line,) = read_output(job.output)
+    assert line["error"]["message"] == "516 tokens, and the limit is 200"
+    assert job.engine.submitted == []
 
 
 def test_stop_token_is_in_token_ids_but_not_in_text(job):
@@ -215,8 +253,7 @@ def test_every_line_is_answered_once_and_bad_ones_say_why(job):
     said = {line: item["error"]["message"] for line, item in errors.items()}
     assert said == {
         31: "line 31: not JSON: Expecting value at character 0",
-        32: "line 32: n is 2, which this version does not do: repeat the line under other "
-        "custom_ids",
+        32: "line 32: best_of is 2, which this version does not do: n gives all of them",
         33: "line 33: custom_id is missing: it is what finds the result, and what resumes",
         34: "516 tokens, and the limit is 200",
         35: "line 35: custom_id is that of line 4 already; every line needs its own",
@@ -384,6 +421,19 @@ def test_the_summary_of_an_engine_with_a_host_lane(job):
     )
 
 
+def test_the_summary_of_an_engine_that_reuses_prefixes(job):
+    class Reusing(FakeEngine):
+        def metrics(self):
+            reuse = {"admitted_tokens": 400, "reused_tokens": 100, "hit_rate": 0.25}
+            return {**super().metrics(), "prefix_reuse": reuse}
+
+    write_input(job, 3)
+    assert job.run(engine=Reusing, metrics=job.folder / "metrics.json") == 0
+    assert "prefixes   100 of 400 prompt tokens reused (25.0 %)\n" in job.said
+    metrics = json.loads((job.folder / "metrics.json").read_text())
+    assert metrics["prefix_reuse"]["hit_rate"] == 0.25
+
+
 def test_tpot_by_lane_goes_by_where_most_tokens_came_from():
     statistics = Statistics(None)
     for num_tokens, num_host_tokens, tpot_sec in ((4, 2, 1.0), (4, 3, 3.0), (1, 1, 0.0)):
@@ -393,7 +443,7 @@ def test_tpot_by_lane_goes_by_where_most_tokens_came_from():
         output = RequestOutput(
             request, tokens, FinishReason.STOP, 0.0, 1.0, finish_sec, 0, num_host_tokens
         )
-        statistics.add_result(output, 10)
+        statistics.add_result((output,), 10)
     found = statistics.to_json(wall_sec=1.0)
     assert found["output_tokens_by_lane"] == {"device": 3, "host": 6}
     assert found["tpot_sec_by_lane"]["device"]["mean"] == 1.0
@@ -469,7 +519,7 @@ def test_progress_on_a_terminal_and_elsewhere():
     output = RequestOutput(
         Request("a", (1, 2), SamplingParams()), (1, 2, 3), FinishReason.STOP, 0.0, 1.0, 2.0, 0, 0
     )
-    statistics.add_result(output, 200)
+    statistics.add_result((output,), 200)
     statistics.add_failure(50)
     statistics.add_skipped(500)
     expected = (
@@ -612,7 +662,8 @@ def test_appended_input_is_more_work_and_removed_lines_are_noted(job):
         ({"top_p": 0.5, "top_k": 2}, "top_k was 0, now 2; top_p was 1.0, now 0.5;"),
         ({"stop_token_ids": [4]}, "stop_token_ids was [], now [4];"),
         ({"prompt_token_ids": [9, 9]}, "'r1' (line 2): the prompt;"),
-        ({"n": 2}, "'r1' (line 2): the line cannot run now (n is 2"),
+        ({"n": 2}, "'r1' (line 2): n was 1, now 2;"),
+        ({"n": 0}, "'r1' (line 2): the line cannot run now (n is 0"),
     ],
 )
 @pytest.mark.parametrize("pipe", [False, True])
@@ -636,13 +687,14 @@ def test_changed_request_stops_the_job(job, change, message, pipe):
     assert message in job.said
     assert "go back to what it was, name another --output, or drop all results" in job.said
     assert job.output.read_bytes() == before
-    assert job.run(overwrite=True) == (1 if "n" in change else 0)
+    num_choices = change.get("n", 1)
+    assert job.run(overwrite=True) == (0 if num_choices else 1)
     assert len(read_output(job.output)) == 5
-    assert len(job.engine.submitted) == (4 if "n" in change else 5)
+    assert len(job.engine.submitted) == 4 + num_choices
 
 
 def test_repaired_request_is_refused_until_retried(job):
-    write_input(job, 2, [{"custom_id": "x", "prompt_token_ids": [1], "n": 2}])
+    write_input(job, 2, [{"custom_id": "x", "prompt_token_ids": [1], "n": 0}])
     assert job.run() == 1
     write_input(job, 2, [{"custom_id": "x", "prompt_token_ids": [1]}])
     assert job.run() == 2

@@ -159,6 +159,12 @@ def test_stop_strings_need_a_watcher():
         loop.submit(make_request("0", [5], 4, stop=("x",)))
 
 
+def test_one_request_has_one_output():
+    loop = Loop(num_pages=8, max_requests=4)
+    with pytest.raises(RequestError, match="n is 2: the engine takes one request for each output"):
+        loop.submit(make_request("0", [5], 4, n=2))
+
+
 def test_requests_finish_first_come_first_served():
     loop = Loop(num_pages=16, max_requests=2)
     for index in range(6):

@@ -19,7 +19,7 @@ from apex_jax.batch.protocol import BatchModel
 from apex_jax.config import Config
 from apex_jax.text.model_text import ModelText
 
-FORMAT = 2  # of output lines; another one does not resume
+FORMAT = 3  # of output lines; another one does not resume
 
 Identity = Mapping[str, Any]
 
