@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from absl import app, flags
 
@@ -59,7 +59,7 @@ class Sample:
 class Feed(threading.Thread):
     """Writes requests to a pipe as fast as its reader takes them."""
 
-    def __init__(self, pipe: BinaryIO, num_requests: int, seed: int):
+    def __init__(self, pipe: IO[bytes], num_requests: int, seed: int):
         super().__init__(daemon=True)
         self._pipe, self._num_requests, self._seed = pipe, num_requests, seed
         self.num_sent = 0
