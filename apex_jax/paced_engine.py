@@ -187,4 +187,3 @@ def _shapes(
         page_size=config.cache.page_size,
         host=limits,
     )
-

@@ -10,7 +10,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import apex_jax
 from apex_jax.config import SchedulerConfig
@@ -50,12 +50,19 @@ class Hardware(Protocol):
         ...
 
     @property
+    def layers_per_program(self) -> int: ...
+
+    @property
     def model(self) -> ModelUsed: ...
 
     @property
     def budgets(self) -> Budgets: ...
 
     def describe(self) -> str: ...
+
+    def described_times(self) -> dict[str, Any]:
+        """Return the stage times as JSON values."""
+        ...
 
     def start(self, settings: SchedulerConfig) -> Started:
         """Return a loop of a strategy; no other is used until it has no work left."""

@@ -6,6 +6,7 @@ Called by run_benchmark.
 
 import dataclasses
 import time
+from typing import Any
 
 from apex_jax.backends.simulated import SimulatedBackend
 from apex_jax.config import Config, ConfigError, SchedulerConfig
@@ -52,7 +53,8 @@ def plan_of(config: Config, device: DeviceProfile, host: HostProfile | None) -> 
         )
     if host is not None and cache.host_bytes is None:
         cache.host_bytes = int(0.8 * host.memory_bytes)
-    plan = PacedPlan.create(dataclasses.replace(config, cache=cache))
+    without = dataclasses.replace(config.model, weights="dummy")  # nothing is loaded
+    plan = PacedPlan.create(dataclasses.replace(config, cache=cache, model=without))
     if host is None:
         plan.check_host_memory()
     return plan
@@ -82,6 +84,13 @@ class SimulatedHardware:
 
     def describe(self) -> str:
         return self._plan.describe()
+
+    def described_times(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.times)
+
+    @property
+    def layers_per_program(self) -> int:
+        return self._plan.layers_per_program
 
     def start(self, settings: SchedulerConfig) -> Started:
         plan = self._plan
@@ -145,6 +154,13 @@ class PacedHardware:
 
     def describe(self) -> str:
         return self._plan.describe()
+
+    def described_times(self) -> dict[str, Any]:
+        return self._simulated.described_times()
+
+    @property
+    def layers_per_program(self) -> int:
+        return self._plan.layers_per_program
 
     def start(self, settings: SchedulerConfig) -> Started:
         policy = make_policy(settings, self.times, self._plan.layers_per_program)

@@ -6,6 +6,7 @@ them, a device-only one too, so that a comparison is of schedules. Called by run
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from apex_jax.backends.simulated import SimulatedBackend
 from apex_jax.backends.xla import XlaBackend
@@ -18,6 +19,7 @@ from apex_jax.hardware import Backend
 from apex_jax.memory import MAX_TRANSIT_PAGES
 from apex_jax.monitor import StageMonitor
 from apex_jax.policies import Policy
+from apex_jax.profile_table import measurements_to_json
 from apex_jax.scheduler import Scheduler
 from apex_jax.strategies import make_policy
 from apex_jax.sweep_loop import SweepLoop
@@ -49,7 +51,11 @@ class RealHardware:
         self._backend = backend
         profiler = self._engine.profiler
         assert profiler is not None
-        self.times: Times = profiler.times(config.profile, on_progress)
+        self._measured = profiler.times(config.profile, on_progress)
+
+    @property
+    def times(self) -> Times:
+        return self._measured
 
     @property
     def model(self) -> ModelUsed:
@@ -62,11 +68,14 @@ class RealHardware:
         return Budgets(memory.pool_bytes, memory.host_pool_bytes or None)
 
     @property
-    def vocab_size(self) -> int:
-        return self._engine.model.architecture.vocab_size
+    def layers_per_program(self) -> int:
+        return self._engine.programs.num_layers
 
     def describe(self) -> str:
         return self._engine.describe()
+
+    def described_times(self) -> dict[str, Any]:
+        return measurements_to_json(self._measured.measurements)
 
     def start(self, settings: SchedulerConfig) -> Started:
         """Return a loop as the engine has it for this strategy, which corrects times for itself."""
