@@ -36,8 +36,7 @@ class RealHardware:
     for itself alone.
     """
 
-    needs_warm_up = True
-    is_predicted = False
+    is_virtual = False
     warm_up = (
         "Before the first turn all programs were compiled, stage times were measured (or read from "
         "a kept profile), and each strategy served the first requests of the workload."
