@@ -103,12 +103,15 @@ class CacheConfig:
     host_bytes: budget of the host pool, for strategies with a host lane; None takes half of what is
         free there (and never more than max_host_requests requests of max_model_len tokens can use).
     page_size: tokens per page, in both pools.
+    prefix_reuse: requests that begin with the same tokens share the full pages of these, which stay
+        for later ones as long as nobody needs the memory.
     """
 
     device_bytes: int | None = None
     host_bytes: int | None = None
     device_fraction: float = 0.9
     page_size: int = 16
+    prefix_reuse: bool = True
 
 
 @dataclass

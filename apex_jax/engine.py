@@ -185,6 +185,7 @@ class Engine:
             policy=policy,
             num_host_pages=memory.num_host_pages,
             max_host_requests=config.scheduler.max_host_requests if has_host else 0,
+            reuses_prefixes=config.cache.prefix_reuse,
         )
         dispatch = Dispatch(
             backend,
@@ -300,6 +301,12 @@ class Engine:
             "max_pages": stats.max_pages,
             "num_pages": memory.num_pages,
         }
+        if self._scheduler.reuses_prefixes:
+            metrics["prefix_reuse"] = {
+                "admitted_tokens": stats.num_admitted_tokens,
+                "reused_tokens": stats.num_reused_tokens,
+                "hit_rate": stats.num_reused_tokens / max(1, stats.num_admitted_tokens),
+            }
         prediction = self.decisions.summary()
         if prediction:
             metrics["prediction"] = prediction

@@ -15,7 +15,7 @@ from apex_jax.config import Config
 
 BAD_LINES = [
     "not json\n",
-    {"custom_id": "bad", "prompt_token_ids": [1], "n": 2},
+    {"custom_id": "bad", "prompt_token_ids": [1], "best_of": 2},
     {"prompt_token_ids": [1]},
     {"custom_id": "long", "prompt_token_ids": [1] * 500},
     {"custom_id": "r3", "prompt_token_ids": [1]},

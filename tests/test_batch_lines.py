@@ -74,6 +74,7 @@ def test_both_formats_say_the_same():
         "bad_words": ["no", [3, 4]],
         "logprobs": 5,
         "prompt_logprobs": 0,
+        "n": 4,
     }
     one, two = parse(plain(**fields)), parse(openai(**fields))
     assert (one.model, two.model) == (None, "m")
@@ -96,6 +97,7 @@ def test_both_formats_say_the_same():
         bad_words=("no", (3, 4)),
         logprobs=5,
         prompt_logprobs=0,
+        n=4,
         stop=("x", "yy"),
         include_stop_str_in_output=True,
     )
@@ -226,7 +228,7 @@ def test_both_formats_of_a_chat_say_the_same():
         (chat({"role": "user", "content": "", "name": 3}), "messages[0].name is 3; it must be a"),
         (chat(tools=[{}]), "tools is an array of 1, which this version does not do"),
         (chat(response_format={"type": "json_object"}), "response_format is an object of 1 fields"),
-        (chat(n=2), "n is 2, which this version does not do"),
+        (chat(n=200), "n is 200; it must be between 1 and 128"),
         (chat(chat_template_kwargs=[]), "chat_template_kwargs is an array of 0; it must be an"),
         (chat(chat_template_kwargs={"tools": 1}), "chat_template_kwargs may not set tools"),
         (
@@ -326,9 +328,11 @@ def test_prompt_forms(prompt, expected):
         ({"stop_token_ids": 3}, "stop_token_ids is 3; it must be an array of token ids"),
         ({"stop_token_ids": [2**40]}, "stop_token_ids[0] is 1099511627776, which is no token id"),
         ({"ignore_eos": 1}, "ignore_eos is 1; it must be true or false"),
-        ({"n": 2}, "n is 2, which this version does not do: repeat the line"),
-        ({"n": True}, "n is true, which this version does not do"),
-        ({"best_of": 3}, "best_of is 3, which this version does not do"),
+        ({"n": 0}, "n is 0; it must be between 1 and 128"),
+        ({"n": 129}, "n is 129; it must be between 1 and 128"),
+        ({"n": True}, "n is true; it must be an integer"),
+        ({"n": 2.0}, "n is 2.0; it must be an integer"),
+        ({"best_of": 3}, "best_of is 3, which this version does not do: n gives all of them"),
         ({"stream": True}, "stream is true, which this version does not do"),
         ({"stop": 3}, "stop is 3; it must be a string or an array of strings"),
         ({"stop": ""}, "stop is empty"),
@@ -420,7 +424,7 @@ def test_what_is_no_request_at_all(data, message):
 
 
 def test_bad_line_keeps_its_id_where_it_has_one():
-    assert parse(plain(n=2)).custom_id == "a"
+    assert parse(plain(n=0)).custom_id == "a"
     assert parse({"prompt": "x"}).custom_id is None
 
 

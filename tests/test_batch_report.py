@@ -95,6 +95,19 @@ def test_the_summary_of_an_engine_with_a_host_lane(job):
     )
 
 
+def test_the_summary_of_an_engine_that_reuses_prefixes(job):
+    class Reusing(FakeEngine):
+        def metrics(self):
+            reuse = {"admitted_tokens": 400, "reused_tokens": 100, "hit_rate": 0.25}
+            return {**super().metrics(), "prefix_reuse": reuse}
+
+    write_input(job, 3)
+    assert job.run(engine=Reusing, metrics=job.folder / "metrics.json") == 0
+    assert "prefixes   100 of 400 prompt tokens reused (25.0 %)\n" in job.said
+    metrics = json.loads((job.folder / "metrics.json").read_text())
+    assert metrics["prefix_reuse"]["hit_rate"] == 0.25
+
+
 def test_tpot_by_lane_goes_by_where_most_tokens_came_from():
     statistics = Statistics(None)
     for num_tokens, num_host_tokens, tpot_sec in ((4, 2, 1.0), (4, 3, 3.0), (1, 1, 0.0)):
@@ -104,7 +117,7 @@ def test_tpot_by_lane_goes_by_where_most_tokens_came_from():
         output = RequestOutput(
             request, tokens, FinishReason.STOP, 0.0, 1.0, finish_sec, 0, num_host_tokens
         )
-        statistics.add_result(output, 10)
+        statistics.add_result((output,), 10)
     found = statistics.to_json(wall_sec=1.0)
     assert found["output_tokens_by_lane"] == {"device": 3, "host": 6}
     assert found["tpot_sec_by_lane"]["device"]["mean"] == 1.0
@@ -180,7 +193,7 @@ def test_progress_on_a_terminal_and_elsewhere():
     output = RequestOutput(
         Request("a", (1, 2), SamplingParams()), (1, 2, 3), FinishReason.STOP, 0.0, 1.0, 2.0, 0, 0
     )
-    statistics.add_result(output, 200)
+    statistics.add_result((output,), 200)
     statistics.add_failure(50)
     statistics.add_skipped(500)
     expected = (

@@ -64,6 +64,44 @@ def test_result_line(job):
     assert origin["request_sha256"] == parse_line(raw, SamplingDefaults()).sha256
 
 
+def test_several_choices_of_a_line(job):
+    write_byte_tokenizer(job.folder)
+    asked = {"max_tokens": 20, "seed": 4, "prompt_logprobs": None}
+    message = {"role": "user", "content": "ho"}
+    write_template(job.folder, "{{ messages[0].content }}")
+    lines = [
+        {"custom_id": "alone", "prompt": "hi", **asked},
+        {"custom_id": "a", "prompt": "hi", "n": 5, **asked},
+        {"custom_id": "a#1", "prompt": "hi", **asked},  # what a choice of its would be called
+        {"custom_id": "chat", "messages": [message], "n": 2, **asked},
+    ]
+    write_lines(job.input, lines)
+    assert job.run(ordered=True) == 0
+    alone, several, other, chat = (item["response"]["body"] for item in read_output(job.output))
+    assert [choice["index"] for choice in several["choices"]] == list(range(5))
+    assert several["choices"][0] == alone["choices"][0] == other["choices"][0]
+    texts = [tuple(choice["token_ids"]) for choice in several["choices"]]
+    assert len(set(texts)) == 5
+    assert several["usage"] == {
+        "prompt_tokens": alone["usage"]["prompt_tokens"],
+        "completion_tokens": sum(map(len, texts)),
+        "total_tokens": alone["usage"]["prompt_tokens"] + sum(map(len, texts)),
+    }
+    assert [choice["message"]["role"] for choice in chat["choices"]] == ["assistant"] * 2
+    assert len(job.engine.submitted) == len(set(job.engine.submitted)) == 9
+    assert "4 finished, 0 failed" in job.said
+    assert job.run() == 0
+    assert job.engine.submitted == []
+
+
+def test_a_group_without_room_is_refused_as_one(job):
+    write_lines(job.input, [{"custom_id": "a", "prompt_token_ids": [1] * 500, "n": 3}])
+    assert job.run() == 1
+    (line,) = read_output(job.output)
+    assert line["error"]["message"] == "516 tokens, and the limit is 200"
+    assert job.engine.submitted == []
+
+
 def test_stop_token_is_in_token_ids_but_not_in_text(job):
     write_byte_tokenizer(job.folder)
 
@@ -187,8 +225,7 @@ def test_every_line_is_answered_once_and_bad_ones_say_why(job):
     said = {line: item["error"]["message"] for line, item in errors.items()}
     assert said == {
         31: "line 31: not JSON: Expecting value at character 0",
-        32: "line 32: n is 2, which this version does not do: repeat the line under other "
-        "custom_ids",
+        32: "line 32: best_of is 2, which this version does not do: n gives all of them",
         33: "line 33: custom_id is missing: it is what finds the result, and what resumes",
         34: "516 tokens, and the limit is 200",
         35: "line 35: custom_id is that of line 4 already; every line needs its own",

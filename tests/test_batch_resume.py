@@ -109,7 +109,8 @@ def test_appended_input_is_more_work_and_removed_lines_are_noted(job):
         ({"top_p": 0.5, "top_k": 2}, "top_k was 0, now 2; top_p was 1.0, now 0.5;"),
         ({"stop_token_ids": [4]}, "stop_token_ids was [], now [4];"),
         ({"prompt_token_ids": [9, 9]}, "'r1' (line 2): the prompt;"),
-        ({"n": 2}, "'r1' (line 2): the line cannot run now (n is 2"),
+        ({"n": 2}, "'r1' (line 2): n was 1, now 2;"),
+        ({"n": 0}, "'r1' (line 2): the line cannot run now (n is 0"),
     ],
 )
 @pytest.mark.parametrize("pipe", [False, True])
@@ -133,13 +134,14 @@ def test_changed_request_stops_the_job(job, change, message, pipe):
     assert message in job.said
     assert "go back to what it was, name another --output, or drop all results" in job.said
     assert job.output.read_bytes() == before
-    assert job.run(overwrite=True) == (1 if "n" in change else 0)
+    num_choices = change.get("n", 1)
+    assert job.run(overwrite=True) == (0 if num_choices else 1)
     assert len(read_output(job.output)) == 5
-    assert len(job.engine.submitted) == (4 if "n" in change else 5)
+    assert len(job.engine.submitted) == 4 + num_choices
 
 
 def test_repaired_request_is_refused_until_retried(job):
-    write_input(job, 2, [{"custom_id": "x", "prompt_token_ids": [1], "n": 2}])
+    write_input(job, 2, [{"custom_id": "x", "prompt_token_ids": [1], "n": 0}])
     assert job.run() == 1
     write_input(job, 2, [{"custom_id": "x", "prompt_token_ids": [1]}])
     assert job.run() == 2

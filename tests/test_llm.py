@@ -80,6 +80,24 @@ def test_results_are_in_the_order_of_their_prompts(llm):
         assert result.error is None
 
 
+def test_several_outputs_of_a_prompt(llm):
+    params = dataclasses.replace(GREEDY, seed=7)
+    alone, several = llm.generate(["hi"] * 2, [params, dataclasses.replace(params, n=3)])
+    assert several.outputs[0] == alone.outputs[0]
+    assert several.details.request == dataclasses.replace(alone.details.request, request_id="1")
+    assert len({output.token_ids for output in several.outputs}) == 3
+    (again,) = llm.generate("hi", dataclasses.replace(params, n=3))
+    assert again.outputs == several.outputs
+
+
+def test_outputs_of_a_prompt_are_dropped_together(llm, engines):
+    stream = llm.stream(["a"] * 3, dataclasses.replace(GREEDY, n=20))
+    assert len(next(stream).outputs) == 20
+    stream.close()
+    assert engines.last.num_unfinished == 0
+    assert len(llm.generate("b")) == 1
+
+
 def test_one_prompt_and_one_conversation(llm):
     (said,) = llm.generate("hi", GREEDY)
     conversation = [{"role": "user", "content": "hi"}]

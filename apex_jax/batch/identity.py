@@ -21,7 +21,7 @@ from apex_jax.config import Config, ConfigError
 from apex_jax.models.model_files import fingerprint_of
 from apex_jax.text.model_text import ModelText
 
-FORMAT = 2  # of output lines; another one does not resume
+FORMAT = 3  # of output lines; another one does not resume
 
 Identity = Mapping[str, Any]
 

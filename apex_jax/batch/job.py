@@ -351,6 +351,7 @@ class _Job:
             "startup_sec": startup_sec,
             "compile_sec": measured.get("compile_sec"),
             "peak_bytes": measured.get("peak_bytes"),
+            "prefix_reuse": measured.get("prefix_reuse"),
             "hybrid": measured.get("hybrid"),
             "engine": measured,
             "job": {"model_name": engine.model.name, **identity},

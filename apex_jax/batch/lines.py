@@ -251,7 +251,15 @@ def _parse_request(
     }
     for name, value in given.items():
         match name:
-            case "max_tokens" | "top_k" | "seed" | "min_tokens" | "logprobs" | "prompt_logprobs":
+            case (
+                "n"
+                | "max_tokens"
+                | "top_k"
+                | "seed"
+                | "min_tokens"
+                | "logprobs"
+                | "prompt_logprobs"
+            ):
                 values[name] = read_int(name, value)
             case _ if name in _NUMBERS:
                 values[name] = read_number(name, value)
