@@ -102,7 +102,8 @@ class HostRows:
             stats.num_host_prefilled_tokens += sequence.num_read
             sequence.num_computed = sequence.num_read
             sequence.last_step = stats.num_sweeps
-            sequence.is_decoding, sequence.is_in_group = True, False
+            sequence.is_in_group = False
+            self._room.end_filling(sequence)
         heads: list[tuple[int, HeadBatch]] = []
         for index, chunk in enumerate(group.chunks):
             sampling = group.sequences if chunk is group.chunks[-1] else ()

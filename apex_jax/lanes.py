@@ -22,8 +22,8 @@ class LaneRoom:
     """What one lane can hold, and who is in it.
 
     max_requests: sequences at once. table: of both lanes together, because a sequence keeps its
-    slot when it moves. sequences: by index, so the oldest first. decoding: those between two
-    tokens.
+    slot when it moves. sequences: by index, so the oldest first. filling: those of them whose
+    prompt is not planned to its end. decoding: those between two tokens.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class LaneRoom:
         self.lane, self.max_requests, self.page_size = lane, max_requests, page_size
         self.pool = PagePool(num_pages)
         self.sequences: list[Sequence] = []
+        self.filling: list[Sequence] = []
         self.decoding = DecodeRows(table)
         self._table, self._is_here_s = table, np.zeros(table.num_slots, np.bool_)
         self._num_arriving = 0
@@ -87,7 +88,13 @@ class LaneRoom:
         assert not sequence.pages
         sequence.lane = self.lane
         self._insert(sequence)
+        bisect.insort(self.filling, sequence, key=lambda one: one.index)
         self._grow(sequence, self._num_pages_for(sequence))
+
+    def end_filling(self, sequence: Sequence) -> None:
+        """Learn that the whole prompt of a sequence is planned."""
+        sequence.is_decoding = True
+        self.filling.remove(sequence)
 
     def reserve(self, sequence: Sequence) -> list[int]:
         """Return pages for a sequence that is on its way from the other lane."""
@@ -114,6 +121,8 @@ class LaneRoom:
         self.decoding.discard(sequence.slot)
         self._is_here_s[sequence.slot] = False
         self.sequences.remove(sequence)
+        if not sequence.is_decoding:
+            self.filling.remove(sequence)
         self.pool.release(sequence.pages)
         sequence.pages, sequence.lane = [], None
 
@@ -141,7 +150,7 @@ class LaneRoom:
         """
         rows = self.decoding.rows
         needing_i = np.flatnonzero(~self._has_page(rows))
-        given_i, lacking_i = np.split(needing_i, [self.pool.num_free])
+        given_i, lacking_i = needing_i[: self.pool.num_free], needing_i[self.pool.num_free :]
         if len(given_i):
             pages = self.pool.allocate(len(given_i))
             self._tables.append(rows.slots_b[given_i], pages)

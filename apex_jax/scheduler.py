@@ -253,16 +253,17 @@ class Scheduler:
             if not sequence.is_ready:
                 continue  # it was driven out meanwhile
             moves += self._movement.make_room(sequence)
-            # It may have been driven out itself, or wait for the page of one who leaves.
-            if sequence.lane is Lane.DEVICE and not sequence.is_moving:
-                device.grow(sequence)
+            if sequence.lane is not Lane.DEVICE or sequence.is_moving:
+                continue  # it has been driven out itself
+            if not device.grow(sequence):
+                break  # it and those behind it wait for the pages of one who leaves
         return device.rows_with_page()
 
     def _choose_prefilling(self) -> tuple[list[Sequence], int]:
         """Return the sequences whose prompt goes on in this sweep, and the chunk length."""
         max_rows = max(rows for rows, _ in self._chunks)
         device, kept_for = self._residency.device, self._movement.kept_for
-        candidates = [one for one in device.sequences if not one.is_decoding][:max_rows]
+        candidates = device.filling[:max_rows]
         admissible: list[Sequence] = []
         for sequence in self._residency.waiting if self._policy.uses_device_lane else ():
             if len(candidates) + len(admissible) == max_rows or sequence.num_unread:
@@ -299,7 +300,7 @@ class Scheduler:
             token_ids_bt[row, :length] = sequence.token_ids[start : start + length]
             sequence.num_computed += length
             if sequence.num_unfilled == 0:
-                sequence.is_decoding = True
+                self._residency.device.end_filling(sequence)
                 finishing.append(row)
         self.stats.num_prefilled_tokens += sum(lengths)
         longest = max(start + length for start, length in zip(starts, lengths, strict=True))

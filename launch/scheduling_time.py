@@ -16,26 +16,29 @@ from launch.stopwatch import Stopwatch
 
 VERBS = ("plan_sweep", "launched", "commit")
 NUM_TURNS = 5  # the quickest counts: other processes only ever add time
-PROMPT_TOKENS, STEADY_TOKENS, SHORT_TOKENS = 64, 2000, (100, 400)
+PAGE_SIZE = 16
 
 
 class Load(NamedTuple):
-    """Requests in both lanes, and how many tokens each puts out, least and most."""
+    """Requests, for how many of them the device has memory, and the tokens of each.
 
+    output_tokens: least and most.
+    """
+
+    requests: int
     device_rows: int
-    host_rows: int
     policy: Policy
+    prompt_tokens: int
     output_tokens: tuple[int, int]
 
 
 def loads(num_requests: int) -> dict[str, Load]:
     """Return the loads by name; `steady`: nobody comes or ends."""
-    steady, many = (STEADY_TOKENS, STEADY_TOKENS), num_requests
-    few = many // 5
+    two_cohorts = Merging(max_cohorts=2, is_spread=True)
     return {
-        "steady": Load(many, 0, DeviceOnly(), steady),
-        "coming_and_going": Load(many, 0, DeviceOnly(), SHORT_TOKENS),
-        "most_on_host": Load(few, many - few, Merging(max_cohorts=2, is_spread=True), steady),
+        "steady": Load(num_requests, num_requests, DeviceOnly(), 64, (2000, 2000)),
+        "coming_and_going": Load(num_requests, num_requests, DeviceOnly(), 64, (100, 400)),
+        "most_on_host": Load(num_requests, num_requests // 5, two_cohorts, 1024, (256, 256)),
     }
 
 
@@ -50,18 +53,18 @@ def measure_scheduling(
 
 def _measure(times: StageTimes, load: Load, stopwatch: Stopwatch, num_sweeps: int) -> Row:
     least, most = load.output_tokens
-    page_size, num_rows = 16, load.device_rows + load.host_rows
-    pages_each = -(-(PROMPT_TOKENS + most + 1) // page_size) + 1
+    max_tokens, num_rows = load.prompt_tokens + most, load.requests
+    pages_each = -(-max_tokens // PAGE_SIZE) + 1
     simulation = Simulation(
         times,
         load.policy,
         num_pages=load.device_rows * pages_each,
-        num_host_pages=load.host_rows * pages_each,
-        max_requests=load.device_rows,
-        max_host_requests=load.host_rows,
-        max_model_len=PROMPT_TOKENS + most,
+        num_host_pages=num_rows * pages_each,
+        max_requests=num_rows,
+        max_host_requests=num_rows - load.device_rows,
+        max_model_len=max_tokens,
         max_prefill_tokens=8192,
-        page_size=page_size,
+        page_size=PAGE_SIZE,
     )
     scheduler, rng = simulation.scheduler, random.Random(1)
     for verb in VERBS:
@@ -69,12 +72,12 @@ def _measure(times: StageTimes, load: Load, stopwatch: Stopwatch, num_sweeps: in
 
     def fill() -> None:
         while scheduler.num_unfinished < num_rows + num_rows // 10:
-            simulation.submit(PROMPT_TOKENS, rng.randint(least, most))
+            simulation.submit(load.prompt_tokens, rng.randint(least, most))
 
-    fill()
-    while scheduler.num_waiting > num_rows // 10:
+    while scheduler.num_waiting > num_rows // 10 or not scheduler.num_unfinished:
+        fill()
         simulation.step()
-    for _ in range(times.num_layers + 2 if load.host_rows else most // 4):
+    for _ in range(most // 4):
         fill()
         simulation.step()
     num_tokens = scheduler.stats.num_output_tokens
