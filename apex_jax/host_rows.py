@@ -177,9 +177,9 @@ class HostRows:
 
     def _is_anyone_leaving(self) -> bool:
         """Whether pages become free, or rows ready, without anyone being pre-empted."""
-        return bool(self.cohorts) or any(
-            one.is_fully_planned or one.is_moving or one.num_unfilled
-            for one in self._room.sequences
+        room = self._room
+        return bool(self.cohorts or room.is_anyone_full or room.filling) or any(
+            one.is_moving for one in room.sequences
         )
 
     def _load(

@@ -60,6 +60,12 @@ class LaneRoom:
         """Tokens of the sequences here, those included that are planned and not read yet."""
         return int(self._table.num_tokens_s[self._is_here_s].sum())
 
+    @property
+    def is_anyone_full(self) -> bool:
+        """Whether all tokens of a sequence here are planned, so that it will leave soon."""
+        table, is_here_s = self._table, self._is_here_s
+        return bool((table.num_tokens_s[is_here_s] >= table.max_num_tokens_s[is_here_s]).any())
+
     def count_longer_than(self, num_tokens: int) -> int:
         """Return how many sequences here may come to more tokens."""
         return int((self._table.max_num_tokens_s[self._is_here_s] > num_tokens).sum())

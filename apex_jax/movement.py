@@ -79,7 +79,7 @@ class Movement:
         while room.pool.num_free == 0 and sequence.lane is Lane.DEVICE:
             # Who arrives meanwhile is the newest, but not here yet.
             is_arriving = self._num_to(Lane.DEVICE) > 0
-            if is_arriving or any(one.is_fully_planned or one.is_moving for one in room.sequences):
+            if is_arriving or room.is_anyone_full or any(one.is_moving for one in room.sequences):
                 break
             newest = room.sequences[-1]
             if self._can_demote(newest):
