@@ -22,6 +22,7 @@ requests = st.builds(
 )
 
 
+@pytest.mark.main_python
 @settings(max_examples=150)
 @given(
     st.lists(requests, min_size=1, max_size=12),
@@ -110,7 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 check(output)
 
 
-TestScheduler = SchedulerMachine.TestCase
+TestScheduler = pytest.mark.main_python(SchedulerMachine.TestCase)
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=30)
 
 
