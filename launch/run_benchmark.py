@@ -132,7 +132,8 @@ def settle(config: Config, turns: Turns, workload: Workload) -> Config:
     limit = scheduler.max_model_len
     scheduler.max_model_len = min(workload.longest, limit or workload.longest)
     model = dataclasses.replace(config.model, architecture=_shape(config))
-    return dataclasses.replace(config, scheduler=scheduler, model=model)
+    host = dataclasses.replace(config.host)
+    return dataclasses.replace(config, scheduler=scheduler, model=model, host=host)
 
 
 def _shape(config: Config) -> LlamaConfig:
@@ -165,12 +166,11 @@ def make_hardware(values: Any, config: Config, workload: Workload, name: str) ->
     return RealHardware(config, lambda line: print(line, file=sys.stderr, flush=True))
 
 
-def separate_cores(config: Config) -> None:
-    """On a CPU that stands in for a device, give either lane cores of its own."""
+def leave_the_first_core(config: Config) -> None:
+    """Keep the host op off the first core, which is the stand-in's for a device, or Python's."""
     cpus = sorted(os.sched_getaffinity(0))
-    use_two_cpu_devices(one_core_each=len(cpus) > 1)
     if len(cpus) > 1 and not config.host.cpus and config.host.threads is None:
-        config.host.cpus = ",".join(map(str, cpus[1:]))  # the first is the stand-in's
+        config.host.cpus = ",".join(map(str, cpus[1:]))
         config.host.threads = len(cpus) - 1
 
 
@@ -240,9 +240,12 @@ def run(values: Any, config: Config, name: str) -> int:
     turns = make_turns(values, config)
     file, workload = load_workload(values, config)
     config = settle(config, turns, workload)
+    on_cpu = values.backend == "xla" and config.device.platform == "cpu"
+    if on_cpu or values.backend == "paced":
+        leave_the_first_core(config)
+    if on_cpu:
+        use_two_cpu_devices(one_core_each=len(os.sched_getaffinity(0)) > 1)
     if values.backend == "xla":
-        if config.device.platform == "cpu":
-            separate_cores(config)
         prepare_jax(config)
     hardware: Hardware | None = None
     why = ""
