@@ -217,6 +217,7 @@ def make_header(
             "max_prefill_tokens": config.scheduler.max_prefill_tokens,
             "max_model_len": config.scheduler.max_model_len,
             "page_size": config.cache.page_size,
+            "prefix_reuse": config.cache.prefix_reuse,
             "layers_per_program": hardware.layers_per_program if hardware else None,
             "host_threads": config.host.threads,
             "host_cpus": config.host.cpus,

@@ -171,6 +171,17 @@ def test_prompts_of_a_batch_job_are_compared_in_one_command(tmp_path):
     assert result.runs[0].output_tokens == sum(asked)
 
 
+def test_prefixes_are_shared_by_all_strategies_or_by_none(tmp_path):
+    seconds = []
+    for is_shared in (True, False):
+        config = make_config()
+        config.cache.prefix_reuse = is_shared
+        _, result = run(tmp_path, make_workload([(160, 2)] * 6), config)  # prompts begin alike
+        assert result.header.settings["prefix_reuse"] is is_shared
+        seconds.append([one.wall_sec for one in result.runs])
+    assert all(shared < alone for shared, alone in zip(*seconds, strict=True))
+
+
 # The loop
 
 
