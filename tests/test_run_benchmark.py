@@ -176,10 +176,12 @@ def test_prefixes_are_shared_by_all_strategies_or_by_none(tmp_path):
     for is_shared in (True, False):
         config = make_config()
         config.cache.prefix_reuse = is_shared
-        _, result = run(tmp_path, make_workload([(160, 2)] * 6), config)  # prompts begin alike
+        config.scheduler.max_prefill_tokens = 16  # a prompt takes ten sweeps, or one
+        alike = make_workload([(160, 2)] * 6)
+        _, result = run(tmp_path, alike, config, strategies=["device_only", "staggered_2"])
         assert result.header.settings["prefix_reuse"] is is_shared
-        seconds.append([one.wall_sec for one in result.runs])
-    assert all(shared < alone for shared, alone in zip(*seconds, strict=True))
+        seconds.append(result.runs[0].wall_sec)
+    assert seconds[0] < 0.7 * seconds[1]
 
 
 # The loop
