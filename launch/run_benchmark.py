@@ -1,13 +1,13 @@
 """Compare strategies on one workload: throughput, latencies, goodput, and what was predicted.
 
     python -m launch.run_benchmark --config=configs/demo.py --requests=my_prompts.jsonl \
-        --strategies=device_only,apex --output=runs/mine.json
+        --strategies=device_only,apex --output=runs/mine.json --page=runs/mine
     python -m launch.run_benchmark --backend=simulated --device_profile=t4 --host_profile=paper_t4 \
         --config=configs/llama_2_7b.py --workload=runs/azure_conv.jsonl --request_rates=own,1,2 \
         --ttft_sec=10 --tpot_sec=0.5 --output=runs/t4.json
 
 All strategies take turns on the same hardware, weights and budgets. Writes OUTPUT.json, .csv and
-.md. Formulas and rules: docs/benchmarks.md.
+.md, and with --page=FOLDER a page with plots. Formulas and rules: docs/benchmarks.md.
 
 Exit status: 0 all runs are ok; 1 some failed, and are rows with the reason; 2 refused.
 """
@@ -48,6 +48,7 @@ from launch.conditions import device_profile, host_profile
 from launch.environment import environment
 from launch.make_workload import import_batch
 from launch.measuring import measure_bandwidth
+from launch.report import report
 from launch.shared_engine import use_two_cpu_devices
 from launch.starting import prepare_jax
 from launch.strategy_names import settings_of
@@ -81,6 +82,7 @@ def define_flags() -> flags.FlagHolder:
     )
     flags.DEFINE_float("budget_sec", 3600.0, "After this time no further turn begins.", 0.0)
     flags.DEFINE_string("output", "runs/benchmark.json", "Result file; .csv and .md lie beside it.")
+    flags.DEFINE_string("page", None, "Folder for a page with plots, as launch.report makes it.")
     return config_flags.DEFINE_config_file("config", help_string="Of the model, as for a job.")
 
 
@@ -287,6 +289,9 @@ def run(values: Any, config: Config, name: str) -> int:
         hardware.close()
     summary = results.finish()
     print(f"\n{output.with_suffix('.md').read_text()}\nresults in {output}")
+    if values.page is not None:
+        page, *plots = report([output], Path(values.page))[0]
+        print(f"page with {len(plots)} plots in {page}")
     return 1 if results.fault or any(row.num_failed for row in summary) else 0
 
 

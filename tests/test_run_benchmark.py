@@ -81,6 +81,7 @@ def values(folder, **others):
         "warm_up_requests": 2,
         "budget_sec": 100.0,
         "output": str(folder / "r.json"),
+        "page": None,
     }
     return SimpleNamespace(**(given | others))
 
@@ -163,8 +164,11 @@ def test_prompts_of_a_batch_job_are_compared_in_one_command(tmp_path):
     lines = (ROOT / "configs" / "demo_requests.jsonl").read_text().splitlines()[:4]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     prompts = {"workload": None, "requests": str(tmp_path / "mine.jsonl")}
-    status, result = run(tmp_path, config=demo.get_config(), **prompts)
+    page = tmp_path / "page"
+    status, result = run(tmp_path, config=demo.get_config(), page=str(page), **prompts)
     assert status == 0
+    assert "<svg" in (page / "index.html").read_text()
+    assert list(page.glob("*.svg"))
     assert result.header.workload.file == str(tmp_path / "r.workload.jsonl")
     items = map(json.loads, lines)
     asked = [item.get("body", item)["max_tokens"] for item in items]
