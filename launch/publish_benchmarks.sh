@@ -27,7 +27,7 @@ paced() { # card, config, requests, MiB of KV cache on the card, rates
 case "${1:-}" in
 stand_in)
     python -m launch.make_workload --set=uniform --prompt_tokens=96 --output_tokens=64 \
-        --num_requests=48 --model=configs/demo_model --output=runs/demo_uniform.jsonl
+        --num_requests=128 --model=configs/demo_model --output=runs/demo_uniform.jsonl
     compare stand_in demo_uniform --config=configs/demo.py --config.device.platform=cpu \
         --strategies=device_only,full_offload,asymmetric_pipelining,async_overlap,staggered_2,passes_2,apex_paper,apex
     ;;
