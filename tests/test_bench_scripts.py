@@ -230,7 +230,11 @@ def test_strategies(tmp_path):
 @pytest.mark.slow
 def test_python_time(tmp_path):
     content = smoke("bench_python", tmp_path / "python.json")
-    [(device_only, passes)] = content["groups"].values()
+    scheduling, (device_only, passes) = content["groups"].values()
+    loads = {row["load"]: row for row in scheduling}
+    assert loads["steady"]["tokens"] == loads["steady"]["requests"] == 20
+    assert 0 < loads["most_on_host"]["tokens"] < 20
+    assert all(0 < row["commit_sec"] < row["scheduling_sec"] < 1 for row in scheduling)
     for row in (device_only, passes):
         parts = [
             value for key, value in row.items() if key.endswith("_sec") and key != "python_sec"

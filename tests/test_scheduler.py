@@ -297,6 +297,16 @@ def test_the_ledger_notices_a_lost_slot():
         loop.scheduler.check_ledger()
 
 
+def test_the_ledger_notices_a_lost_row():
+    loop = Loop(num_pages=8, max_requests=2)
+    loop.submit(make_request("0", [5] * 4, 20, ignore_eos=True))
+    loop.step()
+    device = loop.scheduler._residency.device
+    device.decoding.discard(device.sequences[0].slot)
+    with pytest.raises(RuntimeError, match=r"device rows \[\], ready \[0\]"):
+        loop.scheduler.check_ledger()
+
+
 def test_plans_keep_their_numbers_after_the_scheduler_moves_on():
     loop = Loop(num_pages=8, max_requests=2)
     loop.submit(make_request("0", [5] * 4, 20, ignore_eos=True))

@@ -62,8 +62,8 @@ def benchmark_section(loaded: Loaded) -> Section:
     return Section(
         title=f"{workload.name} on {header.model.name}{where}",
         intro=f"{header.what}. Workload: {workload.description}; {workload.num_requests:,} "
-        f"requests, {workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output tokens, "
-        f"from {workload.source}; sha256 {workload.sha256[:12]}. KV cache: "
+        f"requests, {workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output "
+        f"tokens, from {workload.source}; sha256 {workload.sha256[:12]}. KV cache: "
         f"{_budget(header.budgets.device_kv_bytes)} on the device, "
         f"{_budget(header.budgets.host_kv_bytes)} on the host; {header.model.dtype}. "
         f"{header.warm_up}",
