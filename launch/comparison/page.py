@@ -71,7 +71,8 @@ def write_page(sections: Sequence[Section], folder: Path) -> list[Path]:
             own = names.of(figure.picture.title)
             written.append(folder / f"{own}.svg")
             written[-1].write_text(figure.picture.to_file())
-            figures.append("\n".join(_figure(figure, own, folder)))
+            lines = _figure(figure, own, len(written) - 1, folder)
+            figures.append("\n".join(lines))
         parts.append("\n".join(_section(section, name, figures)))
     written[0].write_text(_document(links, parts))
     return written
@@ -134,13 +135,13 @@ def _section(section: Section, name: str, figures: Iterable[str]) -> Iterator[st
     yield "</section>"
 
 
-def _figure(figure: Figure, name: str, folder: Path) -> Iterator[str]:
+def _figure(figure: Figure, name: str, index: int, folder: Path) -> Iterator[str]:
     title = escape(figure.picture.title)
     yield f'<figure id="{name}">'
     yield f'<h3 id="{name}-heading">{title}</h3>'
     yield '<div class="both">'
     yield f'<div class="picture">{figure.picture.to_element(name)}</div>'
-    yield f'<section class="scroll" tabindex="0" aria-label="Table: {title}">'
+    yield f'<section class="scroll" tabindex="0" aria-label="Table {index}: {title}">'
     yield from _table(figure.table)
     yield "</section>"
     yield "</div>"

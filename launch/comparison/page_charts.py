@@ -220,7 +220,11 @@ class _Axis:
 
     def labels(self) -> list[tuple[float, str]]:
         find = log_ticks if self._log else ticks
-        return [(self.at(tick), f"{tick:.6g}") for tick in find(self._low, self._high)]
+        return [(self.at(tick), _round(tick)) for tick in find(self._low, self._high)]
+
+
+def _round(tick: float) -> str:
+    return f"{tick / 1e6:g}M" if abs(tick) >= 1e6 else f"{tick:,.6g}"
 
 
 def _legend(

@@ -81,7 +81,7 @@ def spread(found: Found | None, names: tuple[str, str, str] = SPREAD) -> Cell:
     if found is None:
         return ""
     middle, low, high = (found[name] for name in names)
-    if low.value == high.value:
+    if short(low.value) == short(high.value):
         return number(middle)
     return number(middle), " (", number(low), " to ", number(high), ")"
 
