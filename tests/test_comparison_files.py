@@ -27,7 +27,6 @@ from launch.comparison.workload_file import (
 )
 from launch.comparison.workload_sets import draw_arrivals, draw_set, draw_token_ids, middle_of
 
-
 THREE = [WorkloadRequest(str(one), (5, 6 + one, 7), 4 + one, 0.5 * one) for one in range(3)]
 
 
