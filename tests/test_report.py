@@ -115,6 +115,26 @@ def write_benchmark(path, rows):
     return path
 
 
+def write_job_grid(path):
+    """As launch.simulate_jobs writes it."""
+    rows = [
+        {"output_tokens": tokens, "host_bandwidth_scale": scale, "to_device_only": ratio}
+        for tokens, scale, ratio in (
+            (50, 0.1, 0.5),
+            (50, 0.1, 1.5),
+            (50, 0.1, 1.0),
+            (400, 1.0, 4.0),
+        )
+    ]
+    content = {
+        "summary": {"num_conditions": 4, "geometric_mean": 1.5},
+        "environment": {**ENVIRONMENT, "command": ["simulate_jobs.py"]},
+        "rows": rows,
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
 def write_long_job(path):
     samples = [Sample(float(n), n * 10, 10**9, 5 * 10**8 + n, float(n)) for n in range(1, 101)]
     content = {
@@ -154,6 +174,7 @@ def made(tmp_path_factory):
         write_benchmark(folder / "mine.json", list(runs())),
         write_long_job(folder / "job.json"),
     ]
+    files.append(write_job_grid(folder / "job_grid.json"))
     report(files, folder / "page")
     return Page(folder / "page" / "index.html")
 
@@ -247,6 +268,17 @@ def test_the_losing_region_is_counted_from_the_conditions(published):
     assert [one.value for one in table.numbers] == pytest.approx(gains)
     table = table_beneath(published, "Predicted against played")
     assert sum(one.value for one in table.numbers) == len(rows)
+
+
+def test_whole_jobs_are_medians_by_output_length_and_host(made):
+    table = table_beneath(made, "Median rate of apex over device_only in whole jobs")
+    assert table.rows == [
+        ["output", "host x0.1", "host x1"],
+        ["50", "1.00", ""],
+        ["400", "", "4.00"],
+    ]
+    table = table_beneath(made, "Jobs by the rate of apex over device_only")
+    assert [row[1] for row in table.rows[1:]] == ["1", "0", "0", "1", "0", "0", "1", "0", "1"]
 
 
 def test_a_comparison_shows_medians_spread_and_failures(made):
