@@ -67,6 +67,7 @@ def runs():
             *(system, own, request_rate, repeat, "ok"),
             wall_sec=10.0,
             output_tokens_per_sec=per_sec,
+            steady_output_tokens_per_sec=2 * per_sec if system == "apex" else None,
             host_share=None if own == system else 0.25 if system == "apex" else 0.0,
             predicted_output_tokens_per_sec=rate * 1.02 if system == "apex" else None,
             ttft_sec=latency,
@@ -286,7 +287,8 @@ def test_a_comparison_shows_medians_spread_and_failures(made):
     head, device_only, apex, transformers = table.rows
     assert head[:3] == ["system", "tokens/s", "over device_only"]
     assert device_only[1] == "101 (100 to 102)"
-    assert apex == ["apex", "152 (150 to 153)", "1.50", "25.0\N{NO-BREAK SPACE}%", "3", ""]
+    assert apex[:5] == ["apex", "152 (150 to 153)", "1.50", "303 (300 to 306)", ""]
+    assert apex[5:] == ["25.0\N{NO-BREAK SPACE}%", "3", ""]
     assert transformers[0] == "transformers"
     latency = table_beneath(made, "Normalised latency by request rate")
     assert latency.rows[0] == ["requests/s", "device_only", "apex", "transformers"]
@@ -309,7 +311,7 @@ def test_a_system_that_only_fails_is_a_row(tmp_path):
     report([path], tmp_path / "page")
     page = Page(tmp_path / "page" / "index.html")
     table = table_beneath(page, "Output tokens per second, by system")
-    assert table.rows[-1] == ["vllm", "", "", "", "0", "2: no GPU"]
+    assert table.rows[-1] == ["vllm", *[""] * 5, "0", "2: no GPU"]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def benchmark_section(loaded: Loaded) -> Section:
         title=f"{workload.name} on {header.model.name}{where}",
         intro=f"{header.what}. Workload: {workload.description}; {workload.num_requests:,} "
         f"requests, {workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output "
-        f"tokens, from {workload.source}; sha256 {workload.sha256[:12]}. KV cache: "
+        f"tokens, arrivals {workload.arrivals}, from {workload.source}; "
+        f"sha256 {workload.sha256[:12]}. KV cache: "
         f"{_budget(header.budgets.device_kv_bytes)} on the device, "
         f"{_budget(header.budgets.host_kv_bytes)} on the host; {header.model.dtype}. "
         f"{header.warm_up}",
@@ -84,12 +85,15 @@ def _throughput(rows: Sequence[Found], loaded: Loaded, baseline: str | None) -> 
         "Horizontal bars; the table beside them has the same numbers.",
         legend=[("device lane", DEVICE_COLOR), ("host lane", HOST_COLOR)],
     )
-    columns = ["system", "tokens/s", f"over {baseline}", "host share", "runs", "failed"]
+    columns = ["system", "tokens/s", f"over {baseline}", "steady tokens/s", f"over {baseline}"]
+    columns += ["host share", "runs", "failed"]
     cells = [
         [
             _name(row),
             spread(row.get("output_tokens_per_sec")),
             spread(row.get("ratio")),
+            spread(row.get("steady_output_tokens_per_sec")),
+            spread(row.get("steady_ratio")),
             _share(row),
             number(row["num_ok"]),
             _failed(row),
@@ -98,7 +102,8 @@ def _throughput(rows: Sequence[Found], loaded: Loaded, baseline: str | None) -> 
     ]
     note = (
         "Medians over repeats; whiskers and brackets are the least and the most. Bars are split by "
-        "the lane that decoded. Ratios are taken within each repeat, then their median."
+        "the lane that decoded. Ratios are taken within each repeat, then their median. Steady: "
+        "without the first and the last tenth of the output tokens."
     )
     return Figure(picture, Table(columns, cells), note, loaded.source)
 
