@@ -52,8 +52,9 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     config = read_config(job["settings"])
     engine = create_engine(config, lambda line: print(line, flush=True))
+    warm_up = job["requests"][: job["max_requests"]]
     try:
-        generate(engine, job["requests"][: job["max_requests"]], WARM_UP_TOKENS)
+        generate(engine, warm_up, WARM_UP_TOKENS)
         start_sec, start_cpu_sec = time.perf_counter(), time.process_time()
         outputs = generate(engine, job["requests"])
         wall_sec = time.perf_counter() - start_sec
@@ -61,7 +62,6 @@ def main() -> None:
         metrics, memory = engine.metrics(), engine.memory
     finally:
         engine.close()
-    num_tokens = sum(len(one.token_ids) for one in outputs)
     result = {
         "version": f"{__version__}, jax {importlib.metadata.version('jax')}",
         "dtype": engine.model.dtype,
@@ -72,9 +72,8 @@ def main() -> None:
         + metrics.get("hybrid", {}).get("max_host_running", 0),
         "device_kv_bytes": memory.pool_bytes,
         "host_kv_bytes": memory.host_pool_bytes if memory.num_host_pages else 0,
-        "host_share": sum(one.num_host_tokens for one in outputs) / num_tokens,
         "settings": job["settings"],
-        "warm_up": f"{job['max_requests']} requests for {WARM_UP_TOKENS} tokens",
+        "warm_up": f"{len(warm_up)} requests for {WARM_UP_TOKENS} tokens",
         "wall_sec": wall_sec,
         "cpu_sec": cpu_sec,
         "requests": [
@@ -82,9 +81,9 @@ def main() -> None:
                 "id": one.request.request_id,
                 "prompt_token_ids": one.request.prompt_token_ids,
                 "output_token_ids": one.token_ids,
-                "start_sec": one.arrival_sec - start_sec,
                 "first_token_sec": one.first_token_sec - start_sec,
                 "finish_sec": one.finish_sec - start_sec,
+                "num_host_tokens": one.num_host_tokens if memory.num_host_pages else None,
             }
             for one in outputs
         ],

@@ -74,7 +74,6 @@ class Generator:
             tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         clock = Clock()
-        begin_sec = time.perf_counter()
         with torch.inference_mode():
             output = self.model.generate(
                 tokens.to(self.device),
@@ -96,7 +95,6 @@ class Generator:
                 "id": one["id"],
                 "prompt_token_ids": tokens[row][mask[row].bool()].tolist(),
                 "output_token_ids": rows[row][: one["output_tokens"]],
-                "start_sec": begin_sec - start_sec,
                 "first_token_sec": clock.step_sec[0] - start_sec,
                 "finish_sec": clock.step_sec[one["output_tokens"] - 1] - start_sec,
             }
