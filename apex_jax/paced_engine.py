@@ -21,6 +21,7 @@ from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus, valida
 from apex_jax.hardware import Backend, Job
 from apex_jax.kv_cache import page_bytes
 from apex_jax.memory import GIB, MAX_HOST_FRACTION, free_host_bytes
+from apex_jax.monitor import StageMonitor
 from apex_jax.pages import num_pages_for
 from apex_jax.policies import Policy
 from apex_jax.programs import span_of_layers
@@ -119,8 +120,13 @@ class PacedPlan:
             "host"
         )
 
-    def loop(self, backend: Backend, policy: Policy) -> SweepLoop:
-        """Return a loop of one strategy over a backend that no other loop uses at the time."""
+    def loop(
+        self, backend: Backend, policy: Policy, monitor: StageMonitor | None = None
+    ) -> SweepLoop:
+        """Return a loop of one strategy over a backend that no other loop uses at the time.
+
+        monitor: as SweepLoop.create takes it.
+        """
         scheduler = self.config.scheduler
         return SweepLoop.create(
             backend,
@@ -135,6 +141,7 @@ class PacedPlan:
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
             watchdog_sec=scheduler.watchdog_sec,
+            monitor=monitor,
         )
 
     def paced_backend(

@@ -249,9 +249,8 @@ def define_flags() -> None:
     flags.DEFINE_string("output", None, "The workload file.")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], values: Any = flags.FLAGS) -> int:
     """Make what the flags describe; return the exit status."""
-    values = flags.FLAGS
     try:
         if len(argv) > 1:
             raise ConfigError(f"{argv[1]!r} is no flag; values are given as --name=value")

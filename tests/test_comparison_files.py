@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import pytest
 
@@ -24,10 +25,12 @@ from launch.comparison.workload_file import (
     read_workload,
     write_workload,
 )
+from launch.comparison.workload_sets import draw_arrivals, draw_set, draw_token_ids, middle_of
+
+THREE = [WorkloadRequest(str(one), (5, 6 + one, 7), 4 + one, 0.5 * one) for one in range(3)]
 
 
-def make_workload(**others):
-    requests = [WorkloadRequest(str(one), (5, 6 + one, 7), 4 + one, 0.5 * one) for one in range(3)]
+def make_workload(requests=THREE):
     given = {
         "name": "three",
         "description": "three requests",
@@ -38,7 +41,7 @@ def make_workload(**others):
         "arrivals": "every half second",
         "source": "this test",
     }
-    return Workload.create(requests, **(given | others))
+    return Workload.create(requests, **given)
 
 
 def test_a_workload_is_read_as_it_was_written(tmp_path):
@@ -95,6 +98,21 @@ def test_a_workload_that_is_not_what_it_says_is_refused_by_its_line(tmp_path, ed
     path.write_text("".join(f"{line}\n" for line in lines))
     with pytest.raises(FileError, match=message):
         read_workload(path)
+
+
+def test_a_seed_draws_the_same_on_every_python():
+    rng = random.Random(0)
+    lengths = draw_set("osc", None, 20, 4096, rng).drawn.requests
+    prompts = draw_token_ids([one.prompt_tokens for one in lengths], middle_of(32_000), rng)
+    arrivals = draw_arrivals("poisson", 20, 2.0, 8, rng).times_sec
+    requests = [
+        WorkloadRequest(str(one), prompts[one], lengths[one].output_tokens, round(arrivals[one], 6))
+        for one in range(20)
+    ]
+    assert (
+        make_workload(requests).header.sha256
+        == "f044ddfaa8bbd60774eb84a4e4256676be980c1259a212a6a5c6e805c7d50ca3"
+    )
 
 
 def test_a_workload_that_is_not_there_is_said_so(tmp_path):

@@ -126,7 +126,7 @@ def _workload_line(used: WorkloadUsed) -> str:
 
 
 def _budget(num_bytes: int | None) -> str:
-    return "none" if num_bytes is None else f"{num_bytes / 2**20:.0f} MiB"
+    return "none" if num_bytes is None else f"{num_bytes / 2**20:.4g} MiB"
 
 
 def _table(summary: Sequence[SummaryRow], baseline: str | None) -> Iterator[str]:

@@ -36,13 +36,12 @@ class Started(NamedTuple):
 class Hardware(Protocol):
     """What strategies take turns on: one model, one memory plan, one backend.
 
-    warm_up: what is done before the first turn, in a sentence. needs_warm_up: whether first runs
-    are slower than later ones. is_predicted: whether a run is itself what is predicted.
+    warm_up: what is done before the first turn, in a sentence. is_virtual: a run is itself what is
+    predicted, the first is like the later ones, and one that fails leaves nothing behind.
     """
 
     warm_up: str
-    needs_warm_up: bool
-    is_predicted: bool
+    is_virtual: bool
 
     @property
     def times(self) -> Times:
@@ -89,8 +88,9 @@ def serve(started: Started, requests: Sequence[WorkloadRequest]) -> list[Served]
     for request in requests:
         if request.num_tokens > longest:
             raise ValueError(
-                f"request {request.id!r} has {request.num_tokens} tokens, prompt and output; what "
-                f"the model reaches and the KV cache holds here is {longest}"
+                f"request {request.id!r} has {request.num_tokens} tokens, prompt and output, and "
+                f"the KV cache (or the model) holds {longest} here: a larger "
+                "--config.cache.device_bytes, or a workload with a --max_model_len"
             )
     token_sec: dict[str, list[float]] = {request.id: [] for request in requests}
     waiting, outputs = deque(requests), list[RequestOutput]()
@@ -169,7 +169,7 @@ class Benchmark:
 
     def run(self) -> Iterator[RunRow]:
         """Yield a row for each turn as it ends."""
-        if self._hardware.needs_warm_up:
+        if not self._hardware.is_virtual:
             for name in self._turns.systems:
                 self._warm_up(name)
         for repeat, rate, name in self._turns:
@@ -193,7 +193,7 @@ class Benchmark:
             return _row(name, rate, repeat, "failed", error=served)
         if fault := fault_of(requests, served):
             return _row(name, rate, repeat, "failed", error=fault)
-        predicted = None if self._hardware.is_predicted else self._predict(name, rate, requests)
+        predicted = None if self._hardware.is_virtual else self._predict(name, rate, requests)
         return _row(
             name,
             rate,
@@ -213,7 +213,7 @@ class Benchmark:
             return serve(started, requests)
         except Exception as error:  # whatever it is, it is a row
             why = reason(error)
-            if started is not None and started.loop.has_work:
+            if started is not None and started.loop.has_work and not self._hardware.is_virtual:
                 traceback.print_exc(file=sys.stderr)
                 self._stopped = f"not run: {name} had stopped the engine before ({why})"
             return why

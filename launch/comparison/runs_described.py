@@ -12,6 +12,7 @@ from apex_jax.backends.simulated import SimulatedBackend
 from apex_jax.config import Config, ConfigError, SchedulerConfig
 from apex_jax.cost_model import StageTimes
 from apex_jax.hardware_profiles import GIB, DeviceProfile, HostProfile, stage_times
+from apex_jax.monitor import StageMonitor
 from apex_jax.paced_engine import PacedPlan
 from apex_jax.pages import num_pages_for
 from apex_jax.stage_costs import StageCosts
@@ -64,8 +65,7 @@ class SimulatedHardware:
     """A described device beside a described host, on a virtual clock."""
 
     warm_up = "Nothing warms up on a virtual clock."
-    needs_warm_up = False
-    is_predicted = True
+    is_virtual = True
 
     def __init__(self, plan: PacedPlan, times: StageTimes, name: str):
         """name: of the model."""
@@ -121,8 +121,7 @@ class PacedHardware:
         "Before the first turn every page of the host's pool was written, the host's jobs were "
         "timed, and each strategy served the first requests of the workload."
     )
-    needs_warm_up = True
-    is_predicted = False
+    is_virtual = False
 
     def __init__(self, plan: PacedPlan, described: StageTimes, name: str, mean_tokens: int):
         """described: also of a host, until it is measured. mean_tokens: of a request's KV."""
@@ -132,7 +131,8 @@ class PacedHardware:
             layers_per_program=plan.layers_per_program,
             page_size=plan.shapes.page_size,
         )
-        self._backend = plan.paced_backend(costs, Timeline().span)
+        self._timeline = Timeline()
+        self._backend = plan.paced_backend(costs, self._timeline.span)
         self._meter: HostMeter | None = None
         if plan.shapes.host is not None:
             self._meter = HostMeter(self._backend, plan, _timed_cohorts(plan, mean_tokens))
@@ -163,8 +163,12 @@ class PacedHardware:
         return self._plan.layers_per_program
 
     def start(self, settings: SchedulerConfig) -> Started:
-        policy = make_policy(settings, self.times, self._plan.layers_per_program)
-        loop = self._plan.loop(self._backend, policy)
+        """Return a loop as an engine has it for this strategy, which corrects times for itself."""
+        span = self._plan.layers_per_program
+        monitor = StageMonitor(self.times, span) if settings.predicts else None
+        self._timeline.on_end = None if monitor is None else monitor.ended
+        policy = make_policy(settings, self.times if monitor is None else monitor.times, span)
+        loop = self._plan.loop(self._backend, policy, monitor)
         return Started(loop, self._backend.now, idle_until)
 
     def predict(self, settings: SchedulerConfig) -> Started:

@@ -19,7 +19,7 @@ from apex_jax.hardware import Backend
 from apex_jax.memory import MAX_TRANSIT_PAGES
 from apex_jax.monitor import StageMonitor
 from apex_jax.policies import Policy
-from apex_jax.profile_table import measurements_to_json
+from apex_jax.profiling.table import measurements_to_json
 from apex_jax.scheduler import Scheduler
 from apex_jax.strategies import make_policy
 from apex_jax.sweep_loop import SweepLoop
@@ -36,8 +36,7 @@ class RealHardware:
     for itself alone.
     """
 
-    needs_warm_up = True
-    is_predicted = False
+    is_virtual = False
     warm_up = (
         "Before the first turn all programs were compiled, stage times were measured (or read from "
         "a kept profile), and each strategy served the first requests of the workload."
