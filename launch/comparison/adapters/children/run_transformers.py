@@ -30,7 +30,9 @@ class Generator:
         self.dtype = getattr(torch, job["dtype"])
         if self.device == "cpu":
             torch.set_num_threads(job["threads"])
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=self.dtype)
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            job["model"], dtype=self.dtype
+        )
         self.model.to(self.device).eval()
         self.max_kv_bytes = 0
         self.kv_bytes_per_token = self._kv_bytes_per_token()
@@ -63,7 +65,9 @@ class Generator:
         num_new = max(one["output_tokens"] for one in batch)
         return len(batch) * (longest + num_new) * self.kv_bytes_per_token
 
-    def run(self, batch: list[dict[str, Any]], cache: str, start_sec: float) -> list[dict[str, Any]]:
+    def run(
+        self, batch: list[dict[str, Any]], cache: str, start_sec: float
+    ) -> list[dict[str, Any]]:
         """Generate for one batch; return what each request got, with times since `start_sec`."""
         longest = max(len(one["prompt_token_ids"]) for one in batch)
         num_new = max(one["output_tokens"] for one in batch)

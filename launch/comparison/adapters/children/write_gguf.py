@@ -83,7 +83,9 @@ def _tensors(folder: Path) -> Any:
                     yield name, tensors.get_tensor(name).astype(np.float32)
                     continue
                 begin, end = entry["data_offsets"]
-                bits = np.fromfile(file, np.uint16, (end - begin) // 2, offset=8 + header_bytes + begin)
+                bits = np.fromfile(
+                    file, np.uint16, (end - begin) // 2, offset=8 + header_bytes + begin
+                )
                 values = (bits.astype(np.uint32) << 16).view(np.float32)
                 yield name, values.reshape(entry["shape"])
 
