@@ -94,8 +94,7 @@ def settle(
     if config.device.platform == "auto":
         config.device.platform = "gpu" if shutil.which("nvidia-smi") else "cpu"
     if config.model.dtype == "auto":
-        is_cpu = config.device.platform == "cpu" or dtype is None
-        config.model.dtype = "float32" if is_cpu else dtype
+        config.model.dtype = "float32" if config.device.platform == "cpu" else dtype or "float32"
     longest = workload.longest
     if config.scheduler.max_model_len is None:
         config.scheduler.max_model_len = longest
@@ -130,7 +129,7 @@ class Comparison:
     ) -> Iterator[RunRow]:
         """Yield a row for each run, A B A B; failed: why a framework cannot run."""
         for repeat in range(num_repeats):
-            for name in self._systems | failed:
+            for name in (*self._systems, *failed):
                 if name in failed:
                     yield _failed(name, repeat, failed[name])
                     continue
@@ -212,33 +211,33 @@ def print_commands(
         )
 
 
-def run(values: Any, config: Config) -> int:
+def run(values: Mapping[str, Any], config: Config) -> int:
     """Compare what the flags name; return the exit status. ConfigError or FileError: refused."""
     known = (*FRAMEWORKS, *external.EXTERNAL)
-    output, names = Path(values.output), list(dict.fromkeys(values.frameworks))
+    output, names = Path(values["output"]), list(dict.fromkeys(values["frameworks"]))
     if output.suffix != ".json":
-        raise ConfigError(f"--output is {values.output!r}; its name must end in .json")
+        raise ConfigError(f"--output is {values['output']!r}; its name must end in .json")
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"--frameworks has {unknown[0]!r}; known are {', '.join(known)}")
     if config.model.path is None or config.model.weights != "checkpoint":
         raise ConfigError("give --config.model.path: other frameworks need the weights as files")
-    if values.workload is None:
+    if values["workload"] is None:
         raise ConfigError("--workload is missing; python -m launch.make_workload makes one")
-    pythons = pairs("python", values.python, tuple(FRAMEWORKS))
-    imports = pairs("import", values["import"].value, external.EXTERNAL)
-    workload = read_workload(Path(values.workload))
+    pythons = pairs("python", values["python"], tuple(FRAMEWORKS))
+    imports = pairs("import", values["import"], external.EXTERNAL)
+    workload = read_workload(Path(values["workload"]))
     folder = read_model_folder(config.model.path, config.model.architecture)
     if workload.header.vocab_size > folder.architecture.vocab_size:
         raise ConfigError(
-            f"{values.workload} has token ids below {workload.header.vocab_size}, and the model's "
-            f"vocabulary has {folder.architecture.vocab_size}"
+            f"{values['workload']} has token ids below {workload.header.vocab_size}, and the "
+            f"model's vocabulary has {folder.architecture.vocab_size}"
         )
     config, device = settle(config, workload, folder.architecture, folder.dtype)
     here = [name for name in names if name in FRAMEWORKS]
-    baseline = values.baseline or (here[1] if len(here) > 1 else None)
+    baseline = values["baseline"] or (here[1] if len(here) > 1 else None)
     if baseline is not None and baseline not in (*here, *imports):
         raise ConfigError(f"--baseline is {baseline!r}; it must be one of those compared")
-    job = make_job(config, device, bind(values.threads), workload)
+    job = make_job(config, device, bind(values["threads"]), workload)
     imported = [
         row
         for name, path in imports.items()
@@ -251,21 +250,21 @@ def run(values: Any, config: Config) -> int:
     systems, failed = {}, {}
     for name in here:
         framework = FRAMEWORKS[name]
-        env_dir = Path(values.env_dir).expanduser()
+        env_dir = Path(values["env_dir"]).expanduser()
         try:
             python = interpreter_of(framework, env_dir, pythons.get(name), print)
             systems[name] = (python, framework.path)
         except SetUpError as error:
             failed[name] = str(error)
     settings: dict[str, Any] = {"apex_jax": dataclasses.asdict(config)}
-    if values.gguf is not None:
-        settings["llama.cpp"] = {"gguf": str(Path(values.gguf).absolute())}
+    if values["gguf"] is not None:
+        settings["llama.cpp"] = {"gguf": str(Path(values["gguf"]).absolute())}
     comparison = Comparison(job, systems, settings)
     header = ResultHeader(
         format=FORMAT,
         what=f"{', '.join([*here, *imports])} on {workload.header.name}",
         environment=environment(),
-        workload=WorkloadUsed(values.workload, workload.header),
+        workload=WorkloadUsed(values["workload"], workload.header),
         model=ModelUsed(folder.path.name, job.dtype, None),
         backend="external",
         device_profile=None,
@@ -277,15 +276,15 @@ def run(values: Any, config: Config) -> int:
             "requests_in_flight": job.max_requests,
             "strategy": config.scheduler.strategy,
             "arrivals": "all at once",
-            "repeats": values.repeats,
+            "repeats": values["repeats"],
         },
         baseline=baseline,
         warm_up=WARM_UP,
         formulas=FORMULAS,
     )
-    results = ComparisonFile(output, header, values.budget_sec)
+    results = ComparisonFile(output, header, values["budget_sec"])
     results.measure(lambda: (*imported,))
-    results.measure(lambda: comparison.turns(values.repeats, values.timeout_sec, failed))
+    results.measure(lambda: comparison.turns(values["repeats"], values["timeout_sec"], failed))
     results.record("used", comparison.used)
     results.record("agreement", agreements(comparison.results, baseline))
     summary = results.finish()
@@ -308,7 +307,7 @@ def agreements(results: Mapping[str, JobResult], baseline: str | None) -> list[d
 def main(argv: Sequence[str]) -> int:
     del argv  # parse_flags has read it
     try:
-        return run(flags.FLAGS, flags.FLAGS.config)
+        return run(flags.FLAGS.flag_values_dict(), flags.FLAGS.config)
     except (ConfigError, FileError) as error:
         command_line.refuse(str(error))
 

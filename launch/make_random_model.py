@@ -8,7 +8,7 @@ Imports no jax.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,38 @@ import numpy as np
 import safetensors.numpy
 from absl import app, flags
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; it must not exist.", required=True)
-_LAYERS = flags.DEFINE_integer("num_layers", 12, "Decoder layers.", lower_bound=1)
-_WIDTH = flags.DEFINE_integer("d_model", 768, "Width, a multiple of head_dim.", lower_bound=2)
-_FFN = flags.DEFINE_integer("d_ffn", 2048, "Width of the MLP.", lower_bound=1)
-_HEADS = flags.DEFINE_integer("num_heads", 12, "Query heads.", lower_bound=1)
-_KV_HEADS = flags.DEFINE_integer("num_kv_heads", 12, "Key and value heads.", lower_bound=1)
-_VOCAB = flags.DEFINE_integer("vocab_size", 32_000, "Tokens.", lower_bound=2)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the weights.")
-
 _STD = 0.02  # as models are initialised
 
 
-def config_json() -> dict[str, Any]:
-    """Return config.json for the shape that the flags give; ValueError where none fits them."""
-    if _WIDTH.value % _HEADS.value or _HEADS.value % _KV_HEADS.value:
+def define_flags() -> None:
+    flags.DEFINE_string("output", None, "Folder to write; it must not exist.", required=True)
+    flags.DEFINE_integer("num_layers", 12, "Decoder layers.", 1)
+    flags.DEFINE_integer("d_model", 768, "Width, a multiple of num_heads.", 1)
+    flags.DEFINE_integer("d_ffn", 2048, "Width of the MLP.", 1)
+    flags.DEFINE_integer("num_heads", 12, "Query heads.", 1)
+    flags.DEFINE_integer("num_kv_heads", 12, "Key and value heads.", 1)
+    flags.DEFINE_integer("vocab_size", 32_000, "Tokens.", 2)
+    flags.DEFINE_integer("seed", 0, "Of the weights.")
+
+
+def config_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json for flags by name; ValueError where they fit no Llama."""
+    width, heads, kv_heads = (values[name] for name in ("d_model", "num_heads", "num_kv_heads"))
+    if width % heads or width // heads % 2 or heads % kv_heads:
         raise ValueError(
-            f"--num_heads is {_HEADS.value}; it must divide --d_model ({_WIDTH.value}) and be a "
-            f"multiple of --num_kv_heads ({_KV_HEADS.value})"
+            f"--num_heads is {heads}; it must divide --d_model ({width}) into heads of an even "
+            f"width and be a multiple of --num_kv_heads ({kv_heads})"
         )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "hidden_size": _WIDTH.value,
-        "intermediate_size": _FFN.value,
-        "num_hidden_layers": _LAYERS.value,
-        "num_attention_heads": _HEADS.value,
-        "num_key_value_heads": _KV_HEADS.value,
-        "vocab_size": _VOCAB.value,
+        "hidden_size": width,
+        "intermediate_size": values["d_ffn"],
+        "num_hidden_layers": values["num_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": values["vocab_size"],
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,
@@ -53,9 +56,9 @@ def config_json() -> dict[str, Any]:
     }
 
 
-def tensors(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(config: dict[str, Any], seed: int) -> Iterator[tuple[str, np.ndarray]]:
     """Yield each tensor under its Hugging Face name: matrices normal, norms 1."""
-    rng = np.random.default_rng(_SEED.value)
+    rng = np.random.default_rng(seed)
     width, ffn = config["hidden_size"], config["intermediate_size"]
     kv_width = width // config["num_attention_heads"] * config["num_key_value_heads"]
 
@@ -77,23 +80,29 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     yield "model.norm.weight", np.ones(width, np.float32)
 
 
+def write_model(folder: Path, values: Mapping[str, Any]) -> int:
+    """Write the folder, which must not exist; return the number of parameters."""
+    config = config_json(values)
+    weights = dict(tensors(config, values["seed"]))
+    folder.mkdir(parents=True)
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return sum(tensor.size for tensor in weights.values())
+
+
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
+    folder = Path(flags.FLAGS.output)
     try:
-        config = config_json()
-        folder = Path(_OUTPUT.value)
-        folder.mkdir(parents=True)
+        num_parameters = write_model(folder, flags.FLAGS.flag_values_dict())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    weights = dict(tensors(config))
-    safetensors.numpy.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    num_parameters = sum(tensor.size for tensor in weights.values())
     print(f"{folder}: {num_parameters / 1e6:.1f} million parameters")
     return 0
 
 
 if __name__ == "__main__":
+    define_flags()
     sys.exit(app.run(main))

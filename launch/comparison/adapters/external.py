@@ -16,7 +16,7 @@ from launch.comparison.results import Quantiles, RunRow
 from launch.comparison.workload_file import Workload
 
 EXTERNAL = ("vllm", "sglang")
-_PERCENTILES = {"mean": "mean_{}_ms", "p50": "median_{}_ms", "p90": "p90_{}_ms", "p99": "p99_{}_ms"}
+_PERCENTILES = ("mean_{}_ms", "median_{}_ms", "p90_{}_ms", "p99_{}_ms")  # as Quantiles has them
 
 
 def export(workload: Workload, path: Path) -> None:
@@ -115,7 +115,6 @@ def _row(name: str, path: Path, run: dict[str, Any], repeat: int, workload: Work
 
 def _quantiles(run: dict[str, Any], figure: str) -> Quantiles | None:
     """Return a figure in seconds; None where the client did not report all of it."""
-    found = {key: run.get(name.format(figure)) for key, name in _PERCENTILES.items()}
-    if any(not isinstance(value, int | float) for value in found.values()):
-        return None
-    return Quantiles(**{key: value / 1000 for key, value in found.items()})
+    found = [run.get(name.format(figure)) for name in _PERCENTILES]
+    known = [value / 1000 for value in found if isinstance(value, int | float)]
+    return Quantiles(*known) if len(known) == len(found) else None

@@ -8,6 +8,8 @@ are a GGUF file that write_gguf.py makes of the model's folder, or settings["ggu
 of this project.
 """
 
+# pyright: reportMissingImports=false
+
 import ctypes
 import json
 import os

@@ -8,6 +8,8 @@ caches on as many requests as may be in flight and keeps the fastest; later ones
 nothing of this project: torch and transformers only.
 """
 
+# pyright: reportMissingImports=false
+
 import json
 import os
 import sys

@@ -4,6 +4,8 @@ llama.cpp rotates neighbouring elements of a head where Hugging Face rotates hal
 the query and key matrices are reordered. Refuses what changes RoPE. Called by run_llama_cpp.py.
 """
 
+# pyright: reportMissingImports=false
+
 import json
 from pathlib import Path
 from typing import Any
