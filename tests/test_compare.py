@@ -284,8 +284,13 @@ def test_a_wrong_flag_is_refused(tmp_path: Path, values: dict[str, Any], message
 
 
 SHAPE = {
-    **{"num_layers": 2, "d_model": 32, "d_ffn": 48, "num_heads": 4, "num_kv_heads": 2},
-    **{"vocab_size": 64, "seed": 0},
+    "num_layers": 2,
+    "d_model": 32,
+    "d_ffn": 48,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "vocab_size": 64,
+    "seed": 0,
 }
 
 
