@@ -47,8 +47,8 @@ class HostBuckets:
     """Shapes of the programs that only a host lane needs.
 
     cohort_rows: those of Buckets.rows that cohorts have. head_rows: where several groups of rows
-    are sampled together. staging_pages: exported from the staging plane at once. move_pages:
-    exported from the device's pool, or imported into it. num_staging_pages: of the staging plane.
+    are sampled together. staging_pages: exported from the staging plane at once, or imported into
+    it. move_pages: likewise of the device's pool. num_staging_pages: of the staging plane.
     """
 
     cohort_rows: tuple[int, ...]
@@ -120,7 +120,7 @@ class Buckets:
         attention = num_decodes + num_prefills  # of a layer by itself
         joint_heads = 2 * len(set(self.host.head_rows) - set(self.rows)) + len(self.placements)
         into_and_out_of_layers = 2 * len(self.rows) + len(self.boundaries)
-        pages = len(self.host.staging_pages) + 2 * len(self.host.move_pages)
+        pages = 2 * len(self.host.staging_pages) + 2 * len(self.host.move_pages)
         return count + attention + joint_heads + into_and_out_of_layers + pages
 
 

@@ -175,15 +175,18 @@ class Lowering:
 
     def _moves(self, host: HostBuckets) -> Iterator[Traced]:
         export = jax.jit(stages.export_pages)
-        plane = self._abstract_pages(host.num_staging_pages)
-        for size in host.staging_pages:
-            yield self._trace("export_staging", (size,), export, plane, _ints(size))
         import_ = jax.jit(stages.import_pages, donate_argnums=0)
         _, kv_heads, page_size, head_dim = self._pages.k_pkzh.shape
-        for size in host.move_pages:
-            yield self._trace("export", (size,), export, self._pages, _ints(size))
-            pages_ik2zh = self._floats(size, kv_heads, 2, page_size, head_dim)
-            yield self._trace("import", (size,), import_, self._pages, pages_ik2zh, _ints(size))
+        plane = self._abstract_pages(host.num_staging_pages)
+        for suffix, pages, sizes in (
+            ("_staging", plane, host.staging_pages),
+            ("", self._pages, host.move_pages),
+        ):
+            for size in sizes:
+                yield self._trace(f"export{suffix}", (size,), export, pages, _ints(size))
+                pages_ik2zh = self._floats(size, kv_heads, 2, page_size, head_dim)
+                arguments = (pages, pages_ik2zh, _ints(size))
+                yield self._trace(f"import{suffix}", (size,), import_, *arguments)
 
     # Shapes
 
