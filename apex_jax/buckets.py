@@ -120,7 +120,7 @@ class Buckets:
         attention = num_decodes + num_prefills  # of a layer by itself
         joint_heads = 2 * len(set(self.host.head_rows) - set(self.rows)) + len(self.placements)
         into_and_out_of_layers = 2 * len(self.rows) + len(self.boundaries)
-        pages = 2 * len(self.host.staging_pages) + 2 * len(self.host.move_pages)
+        pages = len(self.host.staging_pages) + 2 * len(self.host.move_pages)
         return count + attention + joint_heads + into_and_out_of_layers + pages
 
 

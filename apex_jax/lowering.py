@@ -105,7 +105,12 @@ class Lowering:
         """Trace a stage that few jobs need.
 
         head_modified, head_logprobs: by rows and entries. prompt_logprobs: by the chunk's shape.
+        import_staging: by pages.
         """
+        if key.stage == "import_staging":
+            assert self._buckets.host is not None
+            plane = self._abstract_pages(self._buckets.host.num_staging_pages)
+            return self._import(key.stage, key.shape[0], plane)[1]
         if key.stage == "prompt_logprobs":
             return self._prompt_logprobs(key)
         rows, num_entries = key.shape
@@ -175,18 +180,18 @@ class Lowering:
 
     def _moves(self, host: HostBuckets) -> Iterator[Traced]:
         export = jax.jit(stages.export_pages)
-        import_ = jax.jit(stages.import_pages, donate_argnums=0)
-        _, kv_heads, page_size, head_dim = self._pages.k_pkzh.shape
         plane = self._abstract_pages(host.num_staging_pages)
-        for suffix, pages, sizes in (
-            ("_staging", plane, host.staging_pages),
-            ("", self._pages, host.move_pages),
-        ):
-            for size in sizes:
-                yield self._trace(f"export{suffix}", (size,), export, pages, _ints(size))
-                pages_ik2zh = self._floats(size, kv_heads, 2, page_size, head_dim)
-                arguments = (pages, pages_ik2zh, _ints(size))
-                yield self._trace(f"import{suffix}", (size,), import_, *arguments)
+        for size in host.staging_pages:
+            yield self._trace("export_staging", (size,), export, plane, _ints(size))
+        for size in host.move_pages:
+            yield self._trace("export", (size,), export, self._pages, _ints(size))
+            yield self._import("import", size, self._pages)
+
+    def _import(self, stage: str, size: int, pages: kv_cache.LayerPages) -> Traced:
+        _, kv_heads, page_size, head_dim = pages.k_pkzh.shape
+        pages_ik2zh = self._floats(size, kv_heads, 2, page_size, head_dim)
+        import_ = jax.jit(stages.import_pages, donate_argnums=0)
+        return self._trace(stage, (size,), import_, pages, pages_ik2zh, _ints(size))
 
     # Shapes
 

@@ -2,10 +2,12 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from paper_backend import Pace
 from paper_loop import PAGE_SIZE, SHARED, Loop, check, make_request
 
+from apex_jax.hardware import ReadPages, WritePages
 from apex_jax.plan import Direction
 from apex_jax.policies import Merging
 from apex_jax.prefix_cache import PrefixCache
@@ -25,14 +27,19 @@ def request(name, rest, max_tokens=4, **sampling):
 
 def run(loop, *requests):
     """Run requests to their end; return how many of their tokens were computed, and reused."""
-    before = loop.scheduler.stats.num_prefilled_tokens, loop.scheduler.stats.num_reused_tokens
+    stats = loop.scheduler.stats
+
+    def count():
+        num_computed = stats.num_prefilled_tokens + stats.num_host_prefilled_tokens
+        return np.array([num_computed, stats.num_reused_tokens])
+
+    before = count()
     for one in requests:
         loop.submit(one)
     loop.run()
     for output in loop.outputs.values():
         check(output)
-    after = loop.scheduler.stats.num_prefilled_tokens, loop.scheduler.stats.num_reused_tokens
-    return after[0] - before[0], after[1] - before[1]
+    return tuple((count() - before).tolist())
 
 
 # The tree of known pages
@@ -171,6 +178,63 @@ def test_what_is_kept_counts_as_free():
     assert device.num_used == 0
     run(loop, make_request("1", [9] * 60, 4))
     assert loop.outputs["1"].num_preemptions == 0
+
+
+# The host's lane
+
+
+def make_host_loop(**others):
+    limits = {"num_pages": 8, "num_host_pages": 40, "max_host_requests": 8}
+    policy = Merging(max_cohorts=2, uses_device_lane=False)
+    return make_loop(policy=policy, **{**limits, **others})
+
+
+@pytest.mark.parametrize("pace", Pace)
+@pytest.mark.parametrize("max_prefill_tokens", [16, 64])
+def test_prompts_bound_for_the_host_share_its_pages(pace, max_prefill_tokens):
+    loop = make_host_loop(pace=pace, max_prefill_tokens=max_prefill_tokens)
+    requests = [request(str(number), [number] * (9 * number)) for number in range(1, 4)]
+    num_new = 9 + 18 + 27
+    assert run(loop, *requests) == (NUM_SHARED + num_new, 2 * NUM_SHARED)
+    assert run(loop, request("4", [])) == (PAGE_SIZE, NUM_SHARED - PAGE_SIZE)
+    assert loop.scheduler.stats.num_host_prefilled_tokens == NUM_SHARED + num_new + PAGE_SIZE
+
+
+def test_a_layer_of_what_the_host_has_is_read_before_the_one_before_it_is_written():
+    loop = make_host_loop(num_layers=3, layers_per_program=3)
+    run(loop, request("0", [5]))
+    loop.backend.jobs.clear()
+    assert run(loop, request("1", [6] * 10, max_tokens=1)) == (10, NUM_SHARED)
+    moved = [(type(job), job.layer, len(job.pages_i)) for job in loop.backend.jobs]
+    read, written = (ReadPages, NUM_SHARED // PAGE_SIZE), (WritePages, 2)
+    order = [(read, 0), (read, 1), (written, 0), (read, 2), (written, 1), (written, 2)]
+    assert moved == [(kind, layer, num_pages) for (kind, num_pages), layer in order]
+
+
+def test_prompts_that_go_to_the_host_together_may_share_different_pages():
+    loop = make_host_loop(max_prefill_tokens=64)
+    other = [40 - token for token in range(2 * PAGE_SIZE)]
+    run(loop, request("0", [5]), make_request("1", [*other, 5], 4))
+    num_plans = len(loop.plans)
+    together = [request("2", [6] * 5), make_request("3", [*other, 7], 4), make_request("4", [9], 4)]
+    assert run(loop, *together) == (5 + 1 + 1, NUM_SHARED + 2 * PAGE_SIZE)
+    part = next(plan.host_prefill for plan in loop.plans[num_plans:] if plan.host_prefill)
+    [chunk] = part.chunks
+    assert chunk.starts_b.tolist() == [NUM_SHARED, 2 * PAGE_SIZE, 0]
+    assert chunk.lengths_b.tolist() == [5, 1, 1]
+    assert part.prefix.staging_pages_i.tolist() == [0, 1, 2, 4, 5]
+    assert part.staging_pages_i.tolist() == [3, 6, 7]
+
+
+def test_a_prompt_that_lost_its_pages_to_one_before_it_goes_later():
+    loop = make_host_loop(num_host_pages=10, max_prefill_tokens=64)
+    run(loop, request("0", [5]))
+    run(loop, make_request("1", [9] * 48, 4))
+    num_plans = len(loop.plans)
+    run(loop, *(make_request(name, [int(name)] * 15, 1) for name in "78"), request("2", [5]))
+    parts = [plan.host_prefill for plan in loop.plans[num_plans:] if plan.host_prefill]
+    firsts = [part.chunks[0].lengths_b.tolist() for part in parts if part.first_unit == 0]
+    assert firsts == [[15, 15], [16]]
 
 
 # Both lanes

@@ -362,7 +362,7 @@ class XlaBackend:
         host, pages_ik2zh = self._buckets.host, read.result.result()
         if stage.to_staging:
             page_ids_i = self._page_ids(stage.pages_i, host.staging_pages)
-            program = self._programs[ProgramKey("import_staging", page_ids_i.shape)]
+            program = self._programs.late(ProgramKey("import_staging", page_ids_i.shape))
             marker, self._staging = program(self._staging, pages_ik2zh, page_ids_i)
         else:
             page_ids_i = self._page_ids(stage.pages_i, host.move_pages)
