@@ -169,13 +169,19 @@ class SchedulerConfig:
 class SamplingDefaults:
     """What a request gets where its line does not say (the OpenAI API's defaults).
 
-    seed: mixed with each request's id into that request's own seed.
+    Meanings are those of request.SamplingParams; seed is mixed with each request's id into that
+    request's own seed.
     """
 
     max_tokens: int = 16
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
 
 

@@ -29,10 +29,11 @@ from apex_jax.dispatch import Dispatch, StuckError
 from apex_jax.engine_plan import EnginePlan
 from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs
 from apex_jax.models import weights
+from apex_jax.models.model_files import fingerprint_of
 from apex_jax.monitor import StageMonitor
 from apex_jax.ops import native_library
 from apex_jax.placement import format_size
-from apex_jax.profiler import Profiler
+from apex_jax.profiling.profiler import Profiler
 from apex_jax.programs import Programs
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
@@ -136,11 +137,9 @@ class Engine:
         if folder is None or config.model.weights == "dummy":
             on_progress("making dummy weights")
             loaded = weights.dummy(architecture, dtype, device, config.model.seed)
-            fingerprint = f"dummy-{config.model.seed}"
         else:
             on_progress(f"loading weights from {folder.path}")
             loaded = weights.load(folder.path, architecture, dtype, device)
-            fingerprint = weights.fingerprint(folder.path)
         cache_shape = (architecture, memory.page_size, dtype, device)
         pages = kv_cache.allocate(architecture, memory.num_pages, *cache_shape[1:])
         staging = None
@@ -199,7 +198,7 @@ class Engine:
         )
         model = LoadedModel(
             name=folder.path.name if folder else "dummy",
-            fingerprint=fingerprint,
+            fingerprint=fingerprint_of(config.model),
             dtype=dtype.name,
             architecture=architecture,
         )

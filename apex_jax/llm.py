@@ -103,14 +103,7 @@ class LLM:
         if model is not None:
             config.model.path = str(model)
         check_defaults(config.sampling)
-        defaults = config.sampling
-        self._default_sampling = SamplingParams(
-            max_tokens=defaults.max_tokens,
-            temperature=defaults.temperature,
-            top_k=defaults.top_k,
-            top_p=defaults.top_p,
-            seed=defaults.seed,
-        )
+        self._default_sampling = SamplingParams(**dataclasses.asdict(config.sampling))
         path = config.model.path
         folder = None if path is None else Path(path).expanduser()
         if folder is not None and not folder.is_dir():

@@ -111,6 +111,17 @@ def test_defaults_and_nulls():
     assert parse(nulls, defaults) == one
     seed = derive_seed(1, "a")
     assert one.sampling == SamplingParams(7, 0.25, 3, 0.5, seed)
+    modifiers = {
+        "min_p": 0.5,
+        "min_tokens": 2,
+        "presence_penalty": 1.0,
+        "frequency_penalty": -1.0,
+        "repetition_penalty": 2.0,
+    }
+    modified = parse(plain(max_tokens=3), SamplingDefaults(**modifiers))
+    assert modified == parse(plain(max_tokens=3, **modifiers))
+    assert modified.sampling.repetition_penalty == 2.0
+    assert parse(plain(min_p=0.0), SamplingDefaults(min_p=0.5)).sampling.min_p == 0.0
 
 
 @pytest.mark.parametrize(
@@ -453,6 +464,11 @@ def test_long_lines_are_not_held(monkeypatch):
         ("top_p", 2.0, "above 0 and at most 1"),
         ("top_p", float("nan"), "above 0 and at most 1"),
         ("seed", 2**64, "a 64-bit integer"),
+        ("min_p", 1.5, "between 0 and 1"),
+        ("min_tokens", 17, "between 0 and max_tokens, which is 16"),
+        ("presence_penalty", 3.0, "between -2 and 2"),
+        ("frequency_penalty", 3.0, "between -2 and 2"),
+        ("repetition_penalty", 0.0, "between 0.01 and 100 (1 is off)"),
     ],
 )
 def test_defaults_out_of_range_are_refused(name, value, right):
