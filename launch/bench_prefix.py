@@ -3,9 +3,9 @@
     python -m launch.bench_prefix --output=prefix_reuse.json
 
 The demo model answers, greedily: questions that all stand behind the same page of Python's
-documentation, and one long prompt with several outputs. One engine's arrays and programs serve both
-ways, in turn, several times; each turn has a page of its own, so that none finds what an earlier
-one computed. A turn that is not timed compares the outputs by the near-tie rule (launch.scoring).
+documentation, and one long prompt with several outputs. An engine with prefix reuse and one without
+take turns; each turn has a page of its own, so that none finds what an earlier one computed. A turn
+that is not timed compares the outputs by the near-tie rule (launch.scoring).
 """
 
 import dataclasses
@@ -17,28 +17,26 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import app, flags
 
 from apex_jax.backends.xla import XlaBackend
-from apex_jax.batch.flow import Choice, RequestFlow
-from apex_jax.buckets import Buckets
+from apex_jax.batch.flow import RequestFlow
 from apex_jax.config import CacheConfig, Config, DeviceConfig, ModelConfig, SchedulerConfig
+from apex_jax.engine import Engine
 from apex_jax.models import weights
-from apex_jax.models.hf_config import read_model_folder
-from apex_jax.policies import DeviceOnly
-from apex_jax.request import SamplingParams
+from apex_jax.request import RequestOutput, SamplingParams
 from apex_jax.text.model_text import ModelText, load_text
 from launch.environment import ROOT, environment
 from launch.measuring import ResultFile, Row
 from launch.scoring import Answers, ScoringBackend, compare
-from launch.shared_engine import SharedEngine, use_two_cpu_devices
+from launch.starting import create_engine
 
 _OUTPUT = flags.DEFINE_string("output", "docs/results/prefix_reuse.json", "Result file.")
 _BUDGET = flags.DEFINE_float("budget_sec", 400.0, "After this time no further group begins.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "Tiny sizes: shows that the script runs, no more.")
 _PLATFORM = flags.DEFINE_enum("platform", "cpu", ["cpu", "gpu"], "Of the device.")
+_STRATEGY = flags.DEFINE_string("strategy", "device_only", "As --config.scheduler.strategy.")
 _NUM_REQUESTS = flags.DEFINE_integer("requests", 200, "Behind each system prompt.")
 _SYSTEM = flags.DEFINE_integer("system_tokens", 1500, "Of each system prompt.")
 _OUTPUT_TOKENS = flags.DEFINE_integer("output_tokens", 16, "Of each request.")
@@ -56,11 +54,18 @@ class Load(NamedTuple):
     num_choices: int
 
 
+class Way(NamedTuple):
+    """An engine with prefix reuse or without, and its backend."""
+
+    engine: Engine
+    backend: ScoringBackend
+
+
 class Turn(NamedTuple):
     """What one way made of a load. row: its figures."""
 
     row: Row
-    choices: dict[str, Choice]
+    outputs: dict[str, RequestOutput]
 
 
 def questions(text: ModelText, turn: int, num_system: int, num_requests: int) -> Load:
@@ -76,19 +81,17 @@ def one_prompt(text: ModelText, turn: int, num_tokens: int, num_choices: int) ->
 
 
 def _document(text: ModelText, turn: int, num_tokens: int) -> tuple[int, ...]:
-    """Return the beginning of a page of documentation, which no other turn has."""
+    """Return the beginning of a page of documentation, another one for each turn."""
     long = [one for _, one in sorted(topics.topics.items()) if len(one) > 2000]
     pages = long[turn:] + long[:turn]
     return text.encode("\n\n".join(pages)[: 12 * num_tokens])[:num_tokens]
 
 
-def play(shared: SharedEngine, text: ModelText, load: Load, *, reuses_prefixes: bool) -> Turn:
+def play(engine: Engine, text: ModelText, load: Load) -> Turn:
     """Answer all of a load, as a batch job would."""
-    started = shared.start(
-        DeviceOnly(), shared.whole.memory.num_pages, reuses_prefixes=reuses_prefixes
-    )
-    flow: RequestFlow[str] = RequestFlow(started.engine, text, MAX_REQUESTS)
-    choices: dict[str, Choice] = {}
+    flow: RequestFlow[str] = RequestFlow(engine, text, 2 * MAX_REQUESTS)
+    outputs: dict[str, RequestOutput] = {}
+    before = engine.metrics()
     begin_sec = time.perf_counter()
     for index, prompt in enumerate(load.prompts):
         params = SamplingParams(
@@ -102,32 +105,34 @@ def play(shared: SharedEngine, text: ModelText, load: Load, *, reuses_prefixes: 
     while flow.num_in_flight:
         for finished in flow.step():
             for number, choice in enumerate(finished.choices):
-                choices[f"{finished.tag}#{number}"] = choice
+                outputs[f"{finished.tag}#{number}"] = choice.output
     seconds = time.perf_counter() - begin_sec
-    stats = started.scheduler.stats
+    after = engine.metrics()
+    prefilled = [
+        one["num_prefilled_tokens"] + one.get("hybrid", {}).get("num_host_prefilled_tokens", 0)
+        for one in (before, after)
+    ]
     row: Row = {
-        "prefix_reuse": reuses_prefixes,
         "sec": seconds,
         "requests": len(load.prompts),
+        "outputs": len(outputs),
         "prompt_tokens": sum(map(len, load.prompts)),
-        "prefilled_tokens": stats.num_prefilled_tokens,
-        "hit_rate": stats.num_reused_tokens / stats.num_admitted_tokens,
-        "output_tokens": stats.num_output_tokens,
-        "preemptions": stats.num_preemptions,
-        "sweeps": stats.num_sweeps,
+        "prefilled_tokens": prefilled[1] - prefilled[0],
+        "output_tokens": sum(len(output.token_ids) for output in outputs.values()),
+        "host_tokens": sum(output.num_host_tokens for output in outputs.values()),
+        "sweeps": after["num_sweeps"] - before["num_sweeps"],
     }
-    return Turn(row, choices)
+    return Turn(row, outputs)
 
 
-def measure_turns(shared: SharedEngine, text: ModelText, loads: Sequence[Load]) -> Iterator[Row]:
+def measure_turns(ways: dict[bool, Way], text: ModelText, loads: Sequence[Load]) -> Iterator[Row]:
     """Both ways in turn over each load; which of them begins changes."""
-    backend = shared.backend
-    assert isinstance(backend, ScoringBackend)
-    backend.keeps_scores = False
     for repeat, load in enumerate(loads):
         for reuses_prefixes in (False, True) if repeat % 2 else (True, False):
-            turn = play(shared, text, load, reuses_prefixes=reuses_prefixes)
-            yield {"repeat": repeat, **turn.row}
+            way = ways[reuses_prefixes]
+            way.backend.keeps_scores = False
+            row = play(way.engine, text, load).row
+            yield {"repeat": repeat, "prefix_reuse": reuses_prefixes, **row}
 
 
 def speed_up(rows: Sequence[Row]) -> Iterator[Row]:
@@ -137,38 +142,36 @@ def speed_up(rows: Sequence[Row]) -> Iterator[Row]:
     yield {"speed_up": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
-def compare_outputs(shared: SharedEngine, text: ModelText, load: Load) -> Iterator[Row]:
+def compare_outputs(ways: dict[bool, Way], text: ModelText, load: Load) -> Iterator[Row]:
     """Whether outputs are the same both ways, but for near ties."""
-    backend = shared.backend
-    assert isinstance(backend, ScoringBackend)
-    backend.keeps_scores = True
-    answers: list[Answers] = []
-    for reuses_prefixes in (False, True):
-        choices = play(shared, text, load, reuses_prefixes=reuses_prefixes).choices
-        outputs = {name: choice.output for name, choice in choices.items()}
-        answers.append(Answers(outputs, backend.take()))
-    yield compare(*answers)
+    answers: dict[bool, Answers] = {}
+    for reuses_prefixes, way in ways.items():
+        way.backend.keeps_scores = True
+        outputs = play(way.engine, text, load).outputs
+        answers[reuses_prefixes] = Answers(outputs, way.backend.take())
+    yield compare(answers[False], answers[True])
 
 
-def make_engine(longest: int) -> SharedEngine:
+def start(longest: int, *, reuses_prefixes: bool) -> Way:
     config = Config(
         model=ModelConfig(path=str(MODEL), dtype="float32", precision="highest"),
-        cache=CacheConfig(device_bytes=2**28, host_bytes=2**28),
+        cache=CacheConfig(device_bytes=2**28, host_bytes=2**28, prefix_reuse=reuses_prefixes),
         scheduler=SchedulerConfig(
-            strategy="async_overlap",
+            strategy=_STRATEGY.value,
             max_requests=MAX_REQUESTS,
             max_host_requests=MAX_REQUESTS,
             max_model_len=longest,
         ),
         device=DeviceConfig(platform=_PLATFORM.value),
     )
-
-    def watch(backend: XlaBackend, shapes: Buckets, device: jax.Device) -> ScoringBackend:
-        model = read_model_folder(str(MODEL)).architecture
-        loaded = weights.load(MODEL, model, np.dtype("float32"), device)
-        return ScoringBackend(backend, shapes, weights.to_module(model, loaded))
-
-    return SharedEngine(config, print, watch)
+    engine = create_engine(config, print)
+    model = engine.model.architecture
+    loaded = weights.load(MODEL, model, np.dtype("float32"), engine._device)
+    inner = engine._dispatch._backend
+    assert isinstance(inner, XlaBackend)
+    backend = ScoringBackend(inner, engine.programs.buckets, weights.to_module(model, loaded))
+    engine._dispatch._backend = backend
+    return Way(engine, backend)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -177,32 +180,32 @@ def main(argv: Sequence[str]) -> int:
     num_system, num_requests = (40, 6) if smoke else (_SYSTEM.value, _NUM_REQUESTS.value)
     turns = range(1 if smoke else _REPEATS.value)
     text = load_text(MODEL)
-    use_two_cpu_devices(one_core_each=False)
     num_long = 4 * num_system // 3
-    shared = make_engine(num_long + 48)
+    ways = {reuses: start(num_long + 48, reuses_prefixes=reuses) for reuses in (False, True)}
+    engine = ways[True].engine
     header = {
         "what": "the same requests with prefix reuse and without; seconds, tokens",
         "smoke": smoke,
-        "model": dataclasses.asdict(shared.whole.model.architecture),
-        "dtype": shared.whole.model.dtype,
+        "model": dataclasses.asdict(engine.model.architecture),
+        "dtype": engine.model.dtype,
+        "strategy": _STRATEGY.value,
         "system_tokens": num_system,
         "n": _CHOICES.value,
-        "environment": environment(shared.device),
+        "environment": environment(engine._device),
     }
     results = ResultFile(Path(_OUTPUT.value), header, _BUDGET.value)
     loads = {
         "questions": [questions(text, turn, num_system, num_requests) for turn in turns],
-        "n": [one_prompt(text, turn, num_long, _CHOICES.value) for turn in turns],
+        "n": [one_prompt(text, ~turn, num_long, _CHOICES.value) for turn in turns],
     }
+    check = questions(text, len(turns), num_system, num_requests)
+    results.measure("outputs", lambda: compare_outputs(ways, text, check))  # and all is warm
     for name, own in loads.items():
-        play(shared, text, own[0], reuses_prefixes=True)  # nothing is timed for the first time
-        results.measure(name, lambda own=own: measure_turns(shared, text, own))
+        results.measure(name, lambda own=own: measure_turns(ways, text, own))
         if rows := results.content["groups"].get(name):
             results.measure(f"{name}_speed_up", lambda rows=rows: speed_up(rows))
-    results.measure(
-        "questions_outputs", lambda: compare_outputs(shared, text, loads["questions"][0])
-    )
-    shared.close()
+    for way in ways.values():
+        way.engine.close()
     print(f"results in {results.path}")
     return 1 if results.content["failed"] else 0
 

@@ -171,11 +171,8 @@ class SharedEngine:
     def device(self) -> jax.Device:
         return self.whole._device
 
-    def start(self, policy: Policy, num_pages: int, *, reuses_prefixes: bool = False) -> "Started":
-        """Return an engine of a strategy, with so many of the device's pages.
-
-        reuses_prefixes: not where strategies are compared, whose prompts are often the same.
-        """
+    def start(self, policy: Policy, num_pages: int) -> "Started":
+        """Return an engine of a strategy, with so many of the device's pages."""
         whole, has_host = self.whole, policy.max_cohorts > 0
         shapes, memory = whole.programs.buckets, whole.memory
         architecture = whole.model.architecture
@@ -190,7 +187,6 @@ class SharedEngine:
             policy=policy,
             num_host_pages=memory.num_host_pages if has_host else 0,
             max_host_requests=self.config.scheduler.max_host_requests if has_host else 0,
-            reuses_prefixes=reuses_prefixes,
         )
         dispatch = Dispatch(
             self.backend,

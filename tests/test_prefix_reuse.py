@@ -12,7 +12,10 @@ from apex_jax.plan import Direction
 from apex_jax.policies import Merging
 from apex_jax.prefix_cache import PrefixCache
 
-pytestmark = pytest.mark.usefixtures("without_annotations_checked")
+pytestmark = [
+    pytest.mark.usefixtures("without_annotations_checked"),
+    pytest.mark.main_python,
+]
 NUM_SHARED = len(SHARED)
 
 
@@ -96,6 +99,13 @@ def test_of_requests_that_arrive_together_one_computes_what_they_share(max_prefi
     requests = [request(str(number), one) for number, one in enumerate(rest)]
     assert run(loop, *requests) == (NUM_SHARED + sum(map(len, rest)), 5 * NUM_SHARED)
     assert loop.scheduler.stats.max_running == 6
+
+
+def test_eight_outputs_of_a_long_prompt_compute_it_once():
+    loop = make_loop(num_pages=500, max_prefill_tokens=512, num_layers=3)
+    prompt = [index * index % 47 for index in range(2000)]
+    requests = [make_request(str(number), prompt, 4, seed=number) for number in range(8)]
+    assert run(loop, *requests) == (2000 + 7 * PAGE_SIZE, 7 * (2000 - PAGE_SIZE))
 
 
 def test_others_do_not_wait_with_them():
@@ -234,7 +244,7 @@ def test_a_prompt_that_lost_its_pages_to_one_before_it_goes_later():
     run(loop, *(make_request(name, [int(name)] * 15, 1) for name in "78"), request("2", [5]))
     parts = [plan.host_prefill for plan in loop.plans[num_plans:] if plan.host_prefill]
     firsts = [part.chunks[0].lengths_b.tolist() for part in parts if part.first_unit == 0]
-    assert firsts == [[15, 15], [16]]
+    assert firsts == [[15, 15], [NUM_SHARED + 1]]
 
 
 # Both lanes
