@@ -1,5 +1,6 @@
 """Prompts that begin alike, on paper: computed once, shared, kept until others need the room."""
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ from paper_loop import PAGE_SIZE, SHARED, Loop, check, make_request
 
 from apex_jax.hardware import ReadPages, WritePages
 from apex_jax.plan import Direction
-from apex_jax.policies import Merging
+from apex_jax.policies import DeviceOnly, Merging
 from apex_jax.prefix_cache import PrefixCache
 
 pytestmark = [
@@ -268,3 +269,90 @@ def test_moves_and_preemptions_leave_shared_pages_right():
         counts.update(reused=stats.num_reused_tokens, host=stats.num_host_tokens)
     assert min(counts[direction] for direction in Direction) > 0
     assert min(counts["reused"], counts["host"]) > 0
+
+
+def test_the_kv_of_a_token_that_was_given_up_is_not_known():
+    loop = make_loop(
+        num_pages=6,
+        num_host_pages=20,
+        max_requests=2,
+        max_host_requests=2,
+        policy=Merging(),
+        pace=Pace.EAGER,
+    )
+    loop.submit(make_request("device", [5] * 9, 30, ignore_eos=True))
+    loop.submit(request("host", [6] * 6, max_tokens=20))
+    sequences = loop.scheduler._residency.host.sequences
+    while not sequences or len(sequences[0].token_ids) < 4 * PAGE_SIZE:
+        loop.step()
+    [sequence] = sequences
+    text = list(sequence.token_ids)
+    while sequence.cohort_id is None:
+        loop.step()
+    assert len(sequence.token_ids) == len(text), "the token that fills the page is under way"
+    loop.scheduler.cancel("host")
+    loop.step()
+    assert sequence.lane is None
+    assert run(loop, make_request("again", [*text, 7], 2)) == (PAGE_SIZE + 1, 3 * PAGE_SIZE)
+
+
+POLICIES = (
+    DeviceOnly(),
+    Merging(),
+    Merging(max_cohorts=2, is_spread=True),
+    Merging(max_cohorts=2, uses_device_lane=False),
+    Merging(max_cohorts=2, passes=None),
+)
+
+
+def play_at_random(seed):
+    """Play a job whose prompts begin alike, of which some are cancelled and some go on."""
+    draw = random.Random(seed)
+    policy = draw.choice(POLICIES)
+    loop = make_loop(
+        num_pages=draw.randint(6, 40),
+        max_requests=draw.randint(1, 8),
+        max_prefill_tokens=draw.choice([16, 64]),
+        num_host_pages=draw.randint(10, 40) if policy.max_cohorts else 0,
+        max_host_requests=draw.randint(1, 6) if policy.max_cohorts else 0,
+        policy=policy,
+        pace=draw.choice(list(Pace)),
+        seed=seed,
+    )
+    families = [[draw.randrange(50) for _ in range(draw.randint(1, 40))] for _ in range(2)]
+    for number in range(24):
+        start, rest = draw.choice(families), draw.choice([0, 1, 2, 8, 16])
+        prompt = start[: draw.choice([len(start), draw.randint(1, len(start))])]
+        prompt = prompt + [draw.randrange(50) for _ in range(rest)]
+        if loop.outputs and draw.random() < 0.2:
+            said = loop.outputs[draw.choice(list(loop.outputs))]
+            prompt = [*said.request.prompt_token_ids, *said.token_ids, 7]
+        max_tokens = draw.randint(1, 24)
+        if len(prompt) + max_tokens > loop.scheduler.max_model_len:
+            continue
+        loop.submit(make_request(str(number), prompt, max_tokens))
+        for _ in range(draw.choice([0, draw.randint(1, 12)])):
+            loop.step()
+        if draw.random() < 0.15:
+            loop.scheduler.cancel(str(draw.randint(0, number)))
+    run(loop)
+    return loop
+
+
+def test_no_request_reads_what_another_wrote():
+    counts = Counter()
+    for seed in range(12):
+        loop = play_at_random(seed)
+        stats = loop.scheduler.stats
+        counts.update(loop.dispatch.stats.num_moves)
+        counts.update(
+            reused=stats.num_reused_tokens,
+            preemptions=stats.num_preemptions,
+            host=stats.num_host_tokens,
+            read_for_prompts=sum(
+                plan.host_prefill is not None and plan.host_prefill.prefix is not None
+                for plan in loop.plans
+            ),
+        )
+    assert min(counts.values()) > 0
+    assert len(counts) == 4 + len(Direction)
