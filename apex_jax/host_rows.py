@@ -55,14 +55,17 @@ class HostRows:
         candidates = list(self._candidates())
         if not candidates:
             return
-        remaining = [sequence.num_tokens for sequence in candidates]
+        remaining = [self._room.num_unfilled(sequence) for sequence in candidates]
         count, chunk_tokens = choose_group(self._chunks, remaining)
+        sequences: list[Sequence] = []
         for sequence in candidates[:count]:
+            # Those before it may have taken pages that it would have shared.
+            if sequences and self._room.num_unfilled(sequence) > chunk_tokens[0]:
+                break
             self._residency.admit(sequence, self._room)
             sequence.is_in_group = True
-        self._group = PromptGroup(
-            candidates[:count], chunk_tokens, self._num_layers, self._room.page_size
-        )
+            sequences.append(sequence)
+        self._group = PromptGroup(sequences, chunk_tokens, self._num_layers, self._room.page_size)
 
     def _candidates(self) -> Iterator[Sequence]:
         room, device, limit = self._room, self._residency.device, self._policy.max_host_rows
@@ -76,6 +79,8 @@ class HostRows:
             if sequence.num_unread or num_staging_pages > self._shapes.num_staging_pages:
                 return
             if not room.has_row(ahead) or not room.has_pages(sequence, ahead):
+                return
+            if room.is_coming(sequence, ahead):
                 return
             # Only memory sends to the host: who waits for a row of the device goes on waiting.
             if self._policy.uses_device_lane and device.has_pages(sequence):
@@ -99,8 +104,9 @@ class HostRows:
         self._group = None
         stats = self._residency.stats
         for sequence in group.sequences:
-            stats.num_host_prefilled_tokens += sequence.num_read
+            stats.num_host_prefilled_tokens += sequence.num_unfilled
             sequence.num_computed = sequence.num_read
+            self._room.note_computed(sequence)
             sequence.last_step = stats.num_sweeps
             sequence.is_in_group = False
             self._room.end_filling(sequence)

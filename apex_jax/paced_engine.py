@@ -172,7 +172,7 @@ class PacedPlan:
             max_sequence_pages=self.shapes.host.num_staging_pages,
             rows=self.shapes.host.cohort_rows,
             written_pages=self.shapes.host.transit_pages,
-            read_pages=self.shapes.host.move_pages,
+            read_pages=self.shapes.host.transit_pages,
             device=device,
         )
         cpus = parse_cpus(self.config.host.cpus)

@@ -169,15 +169,24 @@ class CohortBatch:
 
 
 @dataclass(frozen=True)
+class StagedPrefix:
+    """Pages of prompts whose KV the host has already: where they lie there, and where they go."""
+
+    host_pages_i: Int32[np.ndarray, "i"]
+    staging_pages_i: Int32[np.ndarray, "i"]
+
+
+@dataclass(frozen=True)
 class HostPrefillBatch:
     """A part of the layer-major prefill of prompts bound for the host.
 
     chunks: the prompts, cut along their tokens (several rows only where one chunk holds them);
     block tables name pages of the staging plane, which holds the KV of one layer at a time.
     A unit is one chunk in one layer, chunks within layers; this part runs units first_unit to
-    end_unit - 1. staging_pages_i, host_pages_i: where the whole group's KV of a layer lies after
-    its last chunk, and where it goes. heads: where this part ends the group, those of chunks by
-    their index: of the last one, and of those before whose tokens' logprobs are wanted.
+    end_unit - 1. staging_pages_i, host_pages_i: where the group's own KV of a layer lies after its
+    last chunk, and where it goes. prefix: what is there before its first, in every layer. heads:
+    where this part ends the group, those of chunks by their index: of the last one, and of those
+    before whose tokens' logprobs are wanted.
     """
 
     chunks: tuple[PrefillBatch, ...]
@@ -186,6 +195,7 @@ class HostPrefillBatch:
     staging_pages_i: Int32[np.ndarray, "i"]
     host_pages_i: Int32[np.ndarray, "i"]
     heads: tuple[tuple[int, HeadBatch], ...]
+    prefix: StagedPrefix | None = None
 
 
 class Direction(StrEnum):

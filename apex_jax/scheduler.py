@@ -71,7 +71,7 @@ class Scheduler:
                 max_requests=lane_requests,
                 max_model_len=max_model_len,
                 table=table,
-                reuses_prefixes=reuses_prefixes and lane is Lane.DEVICE,
+                reuses_prefixes=reuses_prefixes,
             )
 
         device = make_room(Lane.DEVICE, num_pages, max_requests)

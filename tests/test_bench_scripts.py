@@ -297,6 +297,20 @@ def test_a_stopwatch_leaves_out_what_other_threads_do_and_what_it_takes_itself()
 
 
 @pytest.mark.slow
+def test_prefix_reuse(tmp_path):
+    groups = smoke("bench_prefix", tmp_path / "prefix.json", "--n=3")["groups"]
+    [outputs] = groups["outputs"]
+    assert outputs["equal_percent"] == 100
+    for name, num_outputs in (("questions", 6), ("n", 3)):
+        reusing, computing = groups[name]
+        assert (reusing["prefix_reuse"], computing["prefix_reuse"]) == (True, False)
+        assert reusing["outputs"] == computing["outputs"] == num_outputs
+        assert reusing["prefilled_tokens"] < computing["prefilled_tokens"]
+        [ratio] = groups[f"{name}_speed_up"]
+        assert ratio["least"] == ratio["most"] > 0
+
+
+@pytest.mark.slow
 def test_parity_report(tmp_path):
     path = tmp_path / "parity.json"
     content = smoke("parity_report", path)
