@@ -1,7 +1,9 @@
 """A lane's room: its pages, its rows, and the sequences whose KV lives there.
 
-Owns admission's arithmetic and the ledger of one pool; who goes where is the scheduler's business.
-Imports no jax.
+Owns admission's arithmetic, the ledger of one pool and what sequences share of it; who goes where
+is the scheduler's business. Full pages of a prompt are known as soon as the stages that fill them
+are planned, those of an output when its sequence leaves: stages run in the order of their planning.
+Nobody writes to a page that is known. Imports no jax.
 """
 
 import bisect
@@ -14,6 +16,7 @@ from jaxtyping import Bool, Int32
 from apex_jax.decode_rows import DecodeRows, RowSet
 from apex_jax.pages import BlockTables, PagePool, num_pages_for
 from apex_jax.plan import DecodeBatch
+from apex_jax.prefix_cache import PageNode, PrefixCache
 from apex_jax.sequence import Lane, Sequence
 from apex_jax.slot_table import SlotTable
 
@@ -22,8 +25,9 @@ class LaneRoom:
     """What one lane can hold, and who is in it.
 
     max_requests: sequences at once. table: of both lanes together, because a sequence keeps its
-    slot when it moves. sequences: by index, so the oldest first. filling: those of them whose
-    prompt is not planned to its end. decoding: those between two tokens.
+    slot when it moves. reuses_prefixes: a sequence that begins like another one shares its pages.
+    sequences: by index, so the oldest first. filling: those of them whose prompt is not planned to
+    its end. decoding: those between two tokens.
     """
 
     def __init__(
@@ -35,9 +39,12 @@ class LaneRoom:
         max_requests: int,
         max_model_len: int,
         table: SlotTable,
+        reuses_prefixes: bool = False,
     ):
         self.lane, self.max_requests, self.page_size = lane, max_requests, page_size
-        self.pool = PagePool(num_pages)
+        self._known = PrefixCache(page_size) if reuses_prefixes else None
+        self._known_until: dict[Sequence, PageNode] = {}  # of sequences here, where not the root
+        self.pool = PagePool(num_pages, self._known)
         self.sequences: list[Sequence] = []
         self.filling: list[Sequence] = []
         self.decoding = DecodeRows(table)
@@ -84,18 +91,55 @@ class LaneRoom:
         """
         if not self.can_ever_hold(sequence):
             return False
-        num_pages = sum(self._num_pages_for(one) for one in [*ahead, sequence])
+        num_pages = sum(self._num_pages_wanted(one) for one in [*ahead, sequence])
         num_here = len(self.sequences) + self._num_arriving + len(ahead)
         return self.pool.num_free >= num_pages + num_here
 
+    def num_unfilled(self, sequence: Sequence) -> int:
+        """Return how many tokens there are to prefill of a sequence that is here or may enter."""
+        if sequence.lane is not None:
+            return sequence.num_unfilled
+        return len(sequence.token_ids) - len(self._find(sequence)) * self.page_size
+
+    def is_coming(self, sequence: Sequence, prefilling: AbstractSequence[Sequence]) -> bool:
+        """Whether one of those `prefilling` will fill the next page that a sequence could share."""
+        if self._known is None:
+            return False
+        known = self._find(sequence)
+        page_index, node = len(known), known[-1] if known else self._known.root
+        if page_index == self._most_shared(sequence):
+            return False
+        tokens = self._known.tokens_of(sequence.token_ids, page_index)
+        return any(
+            self._node_of(one) is node
+            and self._known.tokens_of(one.token_ids, page_index) == tokens
+            for one in prefilling
+        )
+
     def enter(self, sequence: Sequence) -> None:
-        """Take in a sequence that waited, with pages for its tokens and the next one."""
+        """Take in a sequence that waited, with pages for its tokens and the next one.
+
+        The first of them may hold its tokens already: those count as computed.
+        """
         assert sequence.lane is None
         assert not sequence.pages
+        assert sequence.slot is not None
+        known = self._find(sequence)
+        if known:
+            self._known_until[sequence] = known[-1]
+            sequence.pages = [node.page for node in known]
+            self.pool.share(sequence.pages)
+            self._tables.set(sequence.slot, 0, sequence.pages)
+            sequence.num_computed = len(known) * self.page_size
         sequence.lane = self.lane
         self._insert(sequence)
         bisect.insort(self.filling, sequence, key=lambda one: one.index)
-        self._grow(sequence, self._num_pages_for(sequence))
+        self._grow(sequence, self._num_pages_for(sequence) - len(known))
+
+    def note_computed(self, sequence: Sequence) -> None:
+        """Let others share the full pages of what is planned of a sequence's known tokens."""
+        if self._known is not None:
+            self._note_known(sequence, min(sequence.num_computed, len(sequence.token_ids)))
 
     def end_filling(self, sequence: Sequence) -> None:
         """Learn that the whole prompt of a sequence is planned."""
@@ -126,10 +170,15 @@ class LaneRoom:
         assert sequence.slot is not None
         self.decoding.discard(sequence.slot)
         self._is_here_s[sequence.slot] = False
+        if self._known is not None:
+            # Nor is the last token's KV whole, where it was under way when its cohort was dropped.
+            num_whole = min(sequence.num_computed, len(sequence.token_ids) - 1)
+            self._note_known(sequence, num_whole)
+            self._known_until.pop(sequence, None)
         self.sequences.remove(sequence)
         if not sequence.is_decoding:
             self.filling.remove(sequence)
-        self.pool.release(sequence.pages)
+        self.pool.release(reversed(sequence.pages))  # so that the first ones are kept longest
         sequence.pages, sequence.lane = [], None
 
     def needs_page(self, sequence: Sequence) -> bool:
@@ -189,6 +238,43 @@ class LaneRoom:
 
     def _num_pages_for(self, sequence: Sequence) -> int:
         return num_pages_for(sequence.num_tokens + 1, self.page_size)
+
+    def _num_pages_wanted(self, sequence: Sequence) -> int:
+        """Return how many of its pages a sequence takes from those that are free."""
+        num_pages = self._num_pages_for(sequence)
+        for node in self._find(sequence) if sequence.lane is None else ():
+            if not self.pool.is_used(node.page):
+                break  # it and those behind it may be gone when the sequence enters
+            num_pages -= 1
+        return num_pages
+
+    def _most_shared(self, sequence: Sequence) -> int:
+        """Return how many known pages a sequence can use: the last token's logits are wanted.
+
+        Those of its whole prompt where it asks for them.
+        """
+        return 0 if sequence.wants_prompt else (len(sequence.token_ids) - 1) // self.page_size
+
+    def _find(self, sequence: Sequence) -> list[PageNode]:
+        """Return the known pages of a sequence that waits."""
+        if self._known is None:
+            return []
+        return self._known.find(sequence.token_ids, self._most_shared(sequence))
+
+    def _node_of(self, sequence: Sequence) -> PageNode:
+        """Return the last known page of a sequence that is here or waits."""
+        assert self._known is not None
+        if sequence.lane is None:
+            return (self._find(sequence) or [self._known.root])[-1]
+        return self._known_until.get(sequence, self._known.root)
+
+    def _note_known(self, sequence: Sequence, num_tokens: int) -> None:
+        assert self._known is not None
+        node = self._known_until.get(sequence, self._known.root)
+        num_pages = num_tokens // self.page_size
+        self._known_until[sequence] = self._known.add(
+            node, sequence.token_ids, sequence.pages, num_pages
+        )
 
     def _insert(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
