@@ -50,8 +50,8 @@ class RowSet:
             owners_b=table.owner_s[slots_b],
             sampling_b=table.sampling_s.take(slots_b),
             stops_bk=table.stops_sk[slots_b],
-            watched=tuple(np.flatnonzero(table.is_watched_s[slots_b]).tolist()),
-            is_modified=bool(table.is_modified_s[slots_b].any()),
+            watched=tuple(table.is_watched_s[slots_b].nonzero()[0].tolist()),
+            is_modified=bool(np.count_nonzero(table.is_modified_s[slots_b])),
         )
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class DecodeRows:
     def rows(self) -> RowSet:
         """All of them, oldest first."""
         if self._rows is None:
-            slots_b = np.flatnonzero(self._is_ready_s).astype(np.int32)
+            slots_b = self._is_ready_s.nonzero()[0].astype(np.int32)
             slots_b = slots_b[self._table.owner_s[slots_b].argsort()]
             sequences: list[Sequence] = self._sequence_s[slots_b].tolist()
             self._rows = RowSet.in_slots(self._table, sequences, slots_b)
@@ -115,7 +115,7 @@ class DecodeRows:
 
     def discard(self, slots_i: int | Int32[np.ndarray, "i"]) -> None:
         """Forget those in some slots, if they were ready."""
-        if self._is_ready_s[slots_i].any():
+        if np.count_nonzero(self._is_ready_s[slots_i]):
             self._is_ready_s[slots_i] = False
             self._sequence_s[slots_i] = None
             self._rows = None

@@ -45,16 +45,14 @@ class SampledRows:
         rows, is_host = self.rows, self.lane is Lane.HOST
         is_owned_b = table.is_owned(rows.slots_b, rows.owners_b)
         looks = set(self.remarkable)
-        looks.update(np.nonzero(rows.stops_bk == tokens_b[:, None])[0].tolist())
-        if is_owned_b.all():
-            owned = slice(None)
-        else:
-            owned = is_owned_b
-            looks.update(np.flatnonzero(~is_owned_b).tolist())
+        looks.update((rows.stops_bk == tokens_b[:, None]).nonzero()[0].tolist())
+        num_read = int(np.count_nonzero(is_owned_b))
+        owned = slice(None) if num_read == len(rows) else is_owned_b
+        looks.update((~is_owned_b).nonzero()[0].tolist())
         table.take_tokens(
             rows.slots_b[owned], self.places_b[owned], tokens_b[owned], is_of_host=is_host
         )
-        num_read, ended = int(np.count_nonzero(is_owned_b)), list[Sequence]()
+        ended: list[Sequence] = []
         for row in sorted(looks):
             sequence, token = rows.sequences[row], tokens_b.item(row)
             if sequence.finish_reason is not None:
@@ -121,6 +119,6 @@ class Flight:
         table, slots_b = self.table, rows.slots_b
         places_b = table.plan_tokens(slots_b)
         is_last_b = table.num_tokens_s[slots_b] == table.max_num_tokens_s[slots_b]
-        firsts = np.flatnonzero(places_b == 0).tolist()
-        remarkable = frozenset((*rows.watched, *firsts, *np.flatnonzero(is_last_b).tolist()))
+        firsts_or_lasts = ((places_b == 0) | is_last_b).nonzero()[0].tolist()
+        remarkable = frozenset((*rows.watched, *firsts_or_lasts))
         self.sampled.append(SampledRows(rows, lane, places_b, remarkable))

@@ -46,6 +46,7 @@ class HostRows:
         self._chunks, self._num_layers = chunks, num_layers
         self._max_chunk_tokens = max(tokens for _, tokens in chunks)
         self._group: PromptGroup | None = None
+        self._nobody = RowSet.of(residency.table, ())
         self.cohorts: dict[int, RowSet] = {}
 
     def admit(self) -> None:
@@ -132,7 +133,7 @@ class HostRows:
         """
         policy, table = self._policy, self._residency.table
         idle = [one for one in range(policy.max_cohorts) if one not in self.cohorts]
-        rows = self._grow() if idle else RowSet.of(table, ())
+        rows = self._grow() if idle else self._nobody
         load = self._load(decoding, prefill, rows, idle)
         policy.consider(load)
         batches: list[CohortBatch] = []

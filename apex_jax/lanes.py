@@ -71,11 +71,12 @@ class LaneRoom:
     def is_anyone_full(self) -> bool:
         """Whether all tokens of a sequence here are planned, so that it will leave soon."""
         table, is_here_s = self._table, self._is_here_s
-        return bool((table.num_tokens_s[is_here_s] >= table.max_num_tokens_s[is_here_s]).any())
+        is_full_i = table.num_tokens_s[is_here_s] >= table.max_num_tokens_s[is_here_s]
+        return bool(np.count_nonzero(is_full_i))
 
     def count_longer_than(self, num_tokens: int) -> int:
         """Return how many sequences here may come to more tokens."""
-        return int((self._table.max_num_tokens_s[self._is_here_s] > num_tokens).sum())
+        return int(np.count_nonzero(self._table.max_num_tokens_s[self._is_here_s] > num_tokens))
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
         return sequence.max_num_tokens <= self.num_tokens
@@ -204,7 +205,7 @@ class LaneRoom:
         The oldest come first.
         """
         rows = self.decoding.rows
-        needing_i = np.flatnonzero(~self._has_page(rows))
+        needing_i = (~self._has_page(rows)).nonzero()[0]
         given_i, lacking_i = needing_i[: self.pool.num_free], needing_i[self.pool.num_free :]
         if len(given_i):
             pages = self.pool.allocate(len(given_i))
@@ -216,8 +217,8 @@ class LaneRoom:
     def rows_with_page(self) -> RowSet:
         """Return those that decode and can take a step now, oldest first."""
         rows = self.decoding.rows
-        has_page_b = self._has_page(rows)
-        return rows if has_page_b.all() else rows.choose(self._table, np.flatnonzero(has_page_b))
+        has_page_i = self._has_page(rows).nonzero()[0]
+        return rows if len(has_page_i) == len(rows) else rows.choose(self._table, has_page_i)
 
     def _has_page(self, rows: RowSet) -> Bool[np.ndarray, "b"]:
         """Return of each whether its next token's KV has a page."""

@@ -151,7 +151,7 @@ class HeadBatch:
             top_ps_b=sampling_b["top_p"],
             min_ps_b=sampling_b["min_p"],
             seeds_b2=sampling_b["seed"],
-            wants_logprobs=bool(sampling_b["wants_logprobs"].any()),
+            wants_logprobs=bool(np.count_nonzero(sampling_b["wants_logprobs"])),
             modifiers=modifiers,
         )
 

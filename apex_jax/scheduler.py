@@ -341,5 +341,6 @@ class Scheduler:
         batch = device.take_step(rows, self.stats.num_sweeps)
         head = flight.add_head(np.arange(len(rows), dtype=np.int32), rows)
         is_full_b = table.num_tokens_s[rows.slots_b] >= table.max_num_tokens_s[rows.slots_b]
-        device.decoding.discard(rows.slots_b[is_full_b])
+        if np.count_nonzero(is_full_b):
+            device.decoding.discard(rows.slots_b[is_full_b])
         return batch, head
