@@ -1,7 +1,7 @@
 """What a strategy decided, sweep by sweep, and what came of it.
 
 Owns the pairing of each sweep's decision with the time that it then took, and the log's entries;
-feeds the monitor once a sweep. Called by the engine. Imports no jax.
+feeds the monitor once a sweep. Called by the sweep loop. Imports no jax.
 """
 
 import math

@@ -1,8 +1,7 @@
-"""The engine: a model, its memory and its programs, driven by plan, launch, commit.
+"""The engine: a model, its memory and its programs, driven by the sweep loop.
 
-Owns the set-up (what goes where, printed before work starts) and the loop's one sweep of lag: the
-tokens of a sweep are read while the next one runs, so the device never waits for Python. Refuses
-settings that cannot be honoured. Called by the batch job.
+Owns the set-up: what goes where, printed before work starts, and the threads beside Python's own.
+Refuses settings that cannot be honoured. Called by the batch job.
 """
 
 import contextlib
@@ -26,7 +25,7 @@ from apex_jax.backends.host_programs import HostPrograms, choose_host_device
 from apex_jax.backends.xla import XlaBackend
 from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus
 from apex_jax.decisions import DecisionRecord
-from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
+from apex_jax.dispatch import Dispatch, StuckError
 from apex_jax.engine_plan import EnginePlan
 from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs
 from apex_jax.models import weights
@@ -38,6 +37,7 @@ from apex_jax.programs import Programs
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
 from apex_jax.strategies import make_policy
+from apex_jax.sweep_loop import SweepLoop
 from apex_jax.timeline import Timeline
 
 REPORT_SEC = 2.0
@@ -95,7 +95,7 @@ class Engine:
         self.profiler = profiler
         self._scheduler, self._dispatch, self._timeline = scheduler, dispatch, timeline
         self._device, self._workers, self._setup_sec = device, workers, setup_sec
-        self._previous: SweepHandle | None = None
+        self._loop = SweepLoop(scheduler, dispatch, decisions, time.perf_counter, timeline)
         self._idle_since_sec: float | None = time.perf_counter()
 
     @classmethod
@@ -252,7 +252,7 @@ class Engine:
         is of no use after that.
         """
         with self._explained():
-            outputs = self._step()
+            outputs = self._loop.step()
             if not self.num_unfinished:
                 self._drain()
         return outputs
@@ -331,50 +331,13 @@ class Engine:
         try:
             yield
         except StuckError as error:
-            where = f"{self._scheduler.describe()}\n{self._workers.describe()}\n{_stacks()}"
-            raise StuckError(f"{error}\n{where}") from None
-
-    def _step(self) -> list[RequestOutput]:
-        """Plan, launch, commit the sweep before."""
-        timeline, scheduler = self._timeline, self._scheduler
-        begin_sec = time.perf_counter()
-        plan = scheduler.plan_sweep()
-        planned_sec = time.perf_counter()
-        launched = None
-        if plan is not None:
-            args: dict[str, Any] = {"sweep": plan.sweep_id}
-            if timeline.is_tracing:
-                args["requests"] = scheduler.requests_by_group()
-            timeline.span("scheduler", "plan", begin_sec, planned_sec, **args)
-            self.decisions.planned(plan)
-            launched = self._dispatch.launch(plan)
-            scheduler.launched(launched.sampled_cohorts, launched.finished_moves)
-            timeline.span("dispatch", "launch", planned_sec, time.perf_counter(), **args)
-        elif self._previous is None and not scheduler.is_idle:
-            raise StuckError("nothing runs and nothing can start")
-        outputs = self._commit_previous()
-        self._previous = launched
-        return outputs
+            raise StuckError(f"{error}\n{self._workers.describe()}\n{_stacks()}") from None
 
     def _drain(self) -> None:
         """Carry to its end what no request waits for any more, and see that nothing is lost."""
-        while self._previous is not None or not self._scheduler.is_idle:
-            surplus = self._step()
-            assert not surplus, f"{len(surplus)} requests finished twice"
-        self._scheduler.check_ledger()
-        self.decisions.rested()
+        surplus = self._loop.run()
+        assert not surplus, f"{len(surplus)} requests finished twice"
         self._idle_since_sec = time.perf_counter()
-
-    def _commit_previous(self) -> list[RequestOutput]:
-        if self._previous is None:
-            return []
-        sampled = self._dispatch.read(self._previous)
-        self._previous = None
-        start_sec = time.perf_counter()
-        outputs = self._scheduler.commit(sampled, start_sec)
-        self.decisions.swept(start_sec)
-        self._timeline.span("scheduler", "commit", start_sec, time.perf_counter())
-        return outputs
 
 
 def _make_host_lane(plan: EnginePlan, host_device: jax.Device, timeline: Timeline) -> HostLane:

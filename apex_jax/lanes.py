@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from apex_jax.pages import BlockTables, PagePool, num_pages_for
+from apex_jax.plan import DecodeBatch
 from apex_jax.sequence import Lane, Sequence
 
 
@@ -115,6 +116,16 @@ class LaneRoom:
         """Return a snapshot of block tables, wide enough for `num_tokens` tokens each."""
         slots_b = np.array([sequence.slot for sequence in sequences], np.int32)
         return self._tables.rows(slots_b, num_tokens)
+
+    def take_step(self, sequences: list[Sequence], num_sweeps: int) -> DecodeBatch:
+        """Plan one more token of sequences whose page for it is there; num_sweeps: the sweep's."""
+        slots_b = np.array([sequence.slot for sequence in sequences], np.int32)
+        positions_b = np.array([sequence.num_computed for sequence in sequences], np.int32)
+        table_bm = self._tables.rows(slots_b, int(positions_b.max()) + 1)
+        for sequence in sequences:
+            sequence.num_computed += 1
+            sequence.last_step = num_sweeps
+        return DecodeBatch(slots_b, positions_b, table_bm)
 
     def pages_of(self, sequences: list[Sequence]) -> Counter[int]:
         return Counter(page for sequence in sequences for page in sequence.pages)

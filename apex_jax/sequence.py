@@ -28,6 +28,7 @@ class Sequence:
     whose KV the planned sweeps (or the cohort's token under way) have written. lane: where its
     pages are, None while waiting. slot: row of the device's `tokens_by_slot`, None while waiting.
     is_decoding: its last token lies in that slot. is_moving: its KV is between the lanes.
+    is_in_group: its prompt is on its way to the host, with others'.
     last_step: number of the sweep that planned its last step, 0 before the first.
     cohort_id: of the cohort in which its next token is under way. num_host_tokens: output tokens
     whose attention the host did. modifiers: what changes its scores, None where nothing does.
@@ -45,6 +46,7 @@ class Sequence:
     slot: int | None = None
     is_decoding: bool = False
     is_moving: bool = False
+    is_in_group: bool = False
     cohort_id: int | None = None
     num_computed: int = 0
     last_step: int = 0
@@ -75,6 +77,11 @@ class Sequence:
     def num_unfilled(self) -> int:
         """Tokens left to prefill."""
         return 0 if self.is_decoding else len(self.token_ids) - self.num_computed
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether planned stages or jobs outlive the sweep that knows of its end."""
+        return self.cohort_id is not None or self.is_moving or self.is_in_group
 
     @property
     def is_ready(self) -> bool:

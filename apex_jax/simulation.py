@@ -1,7 +1,7 @@
 """The engine's loop on predicted hardware: the real scheduler and dispatch, a virtual clock.
 
-Owns the loop and what a steady state came to; requests are lengths, tokens are zeros. Called by
-launch scripts and tests. Imports no jax.
+Owns when requests arrive and what a steady state came to; requests are lengths, tokens are zeros.
+Called by launch scripts and tests. Imports no jax.
 """
 
 from collections import deque
@@ -11,18 +11,20 @@ from typing import Any, NamedTuple
 from apex_jax.backends.simulated import SimulatedBackend
 from apex_jax.buckets import HostLimits, choose
 from apex_jax.cost_model import Times
-from apex_jax.dispatch import Dispatch, DispatchStats, SweepHandle
+from apex_jax.decisions import DecisionRecord
+from apex_jax.dispatch import Dispatch, DispatchStats
 from apex_jax.monitor import StageMonitor
 from apex_jax.policies import Policy
 from apex_jax.request import Request, RequestOutput, SamplingParams
 from apex_jax.scheduler import Scheduler
 from apex_jax.steady_load import SteadyLoad
+from apex_jax.sweep_loop import SweepLoop
 
 WATCHDOG_SEC = 1e6  # nothing hangs on a virtual clock; a sweep may be described as slow
 
 
 class Simulation:
-    """Plan, launch, and commit the sweep before; `outputs` are the finished requests.
+    """The sweep loop on a virtual clock; `outputs` are the finished requests.
 
     max_model_len: tokens a request may reach. layers_per_program, noise, seed, on_span: as the
     simulated backend takes them. monitor: learns from what stages took.
@@ -77,7 +79,6 @@ class Simulation:
             on_span=None if monitor is None and on_span is None else self._span,
         )
         self._on_span, self._monitor = on_span, monitor
-        self._swept_sec = 0.0
         self.dispatch = Dispatch(
             self.backend,
             policy,
@@ -85,14 +86,15 @@ class Simulation:
             layers_per_program=layers_per_program,
             watchdog_sec=WATCHDOG_SEC,
         )
+        decisions = DecisionRecord(policy, monitor)
+        self._loop = SweepLoop(self.scheduler, self.dispatch, decisions, self.backend.now)
         self.outputs: list[RequestOutput] = []
-        self._previous: SweepHandle | None = None
         self._num_submitted = 0
         self._arrivals: deque[tuple[float, Request]] = deque()
 
     @property
     def is_idle(self) -> bool:
-        return self.scheduler.is_idle and self._previous is None and not self._arrivals
+        return not self._loop.has_work and not self._arrivals
 
     def submit(self, prompt_tokens: int, max_tokens: int) -> None:
         """Queue a request of given lengths; RequestError if it could never run."""
@@ -114,7 +116,7 @@ class Simulation:
 
     def _receive(self) -> None:
         """Queue who has arrived; with nothing else to do, wait for who is next."""
-        if self._arrivals and self.scheduler.is_idle and self._previous is None:
+        if self._arrivals and not self._loop.has_work:
             self.backend.idle_until(self._arrivals[0][0])
         while self._arrivals and self._arrivals[0][0] <= self.backend.now():
             arrival_sec, request = self._arrivals.popleft()
@@ -123,19 +125,7 @@ class Simulation:
     def step(self) -> None:
         """Play a sweep."""
         self._receive()
-        plan = self.scheduler.plan_sweep()
-        launched = self.dispatch.launch(plan) if plan is not None else None
-        if launched is not None:
-            self.scheduler.launched(launched.sampled_cohorts, launched.finished_moves)
-        assert plan is not None or self._previous is not None, self.scheduler.describe()
-        if self._previous is not None:
-            sampled = self.dispatch.read(self._previous)
-            now_sec = self.backend.now()
-            self.outputs += self.scheduler.commit(sampled, now_sec)
-            if self._monitor is not None:
-                self._monitor.end_sweep(now_sec - self._swept_sec)
-            self._swept_sec = now_sec
-        self._previous = launched
+        self.outputs += self._loop.step()
 
     def _span(
         self, lane: str, name: str, start_sec: float, end_sec: float, work: Any = None

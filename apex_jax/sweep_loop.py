@@ -1,28 +1,41 @@
-"""The engine's loop by itself, over any backend: plan a sweep, launch it, commit the one before.
+"""The loop of every engine, over any backend: plan a sweep, launch it, commit the one before.
 
 Owns the one sweep of lag between launching and reading. Where weights, memory and programs come
-from is an engine's business. Imports no jax.
+from is an engine's business, and so is when requests arrive. Imports no jax.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from apex_jax.buckets import Buckets
+from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
 from apex_jax.hardware import Backend
 from apex_jax.policies import Policy
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
+from apex_jax.timeline import Timeline
 
 
 class SweepLoop:
     """Continuous batching over a backend.
 
-    scheduler, dispatch: of this loop alone, to be asked what they did.
+    scheduler, dispatch: of this loop alone, to be asked what they did. decisions: told of each
+    sweep. now: the backend's clock. timeline: shows planning, launching and committing.
     """
 
-    def __init__(self, backend: Backend, scheduler: Scheduler, dispatch: Dispatch):
-        self.scheduler, self.dispatch = scheduler, dispatch
-        self._backend = backend
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        dispatch: Dispatch,
+        decisions: DecisionRecord,
+        now: Callable[[], float],
+        timeline: Timeline | None = None,
+    ):
+        self.scheduler, self.dispatch, self.decisions = scheduler, dispatch, decisions
+        self._now = now
+        self._timeline = Timeline() if timeline is None else timeline
         self._previous: SweepHandle | None = None
 
     @classmethod
@@ -67,7 +80,7 @@ class SweepLoop:
             watchdog_sec=watchdog_sec,
             transit_sizes=shapes.host.transit_pages if shapes.host else (),
         )
-        return cls(backend, scheduler, dispatch)
+        return cls(scheduler, dispatch, DecisionRecord(policy, None), backend.now)
 
     @property
     def has_work(self) -> bool:
@@ -75,24 +88,18 @@ class SweepLoop:
 
     def submit(self, request: Request) -> None:
         """Queue a request; RequestError if it could never run."""
-        self.scheduler.submit(request, self._backend.now())
+        self.scheduler.submit(request, self._now())
 
     def step(self) -> list[RequestOutput]:
         """Start the next sweep, and return what the one before it finished.
 
         Raises StuckError where nothing can move, and what made a host job fail.
         """
-        plan = self.scheduler.plan_sweep()
-        launched = None
-        if plan is not None:
-            launched = self.dispatch.launch(plan)
-            self.scheduler.launched(launched.sampled_cohorts, launched.finished_moves)
-        elif self._previous is None and not self.scheduler.is_idle:
-            raise StuckError(f"nothing runs and nothing can start: {self.scheduler.describe()}")
-        outputs: list[RequestOutput] = []
-        if self._previous is not None:
-            sampled = self.dispatch.read(self._previous)
-            outputs = self.scheduler.commit(sampled, self._backend.now())
+        try:
+            launched = self._launch_next()
+            outputs = self._commit_previous()
+        except StuckError as error:
+            raise StuckError(f"{error}\n{self.scheduler.describe()}") from None
         self._previous = launched
         return outputs
 
@@ -102,4 +109,33 @@ class SweepLoop:
         while self.has_work:
             outputs += self.step()
         self.scheduler.check_ledger()
+        self.decisions.rested()
+        return outputs
+
+    def _launch_next(self) -> SweepHandle | None:
+        begin_sec = self._now()
+        plan = self.scheduler.plan_sweep()
+        planned_sec = self._now()
+        if plan is None:
+            if self._previous is None and not self.scheduler.is_idle:
+                raise StuckError("nothing runs and nothing can start")
+            return None
+        args: dict[str, Any] = {"sweep": plan.sweep_id}
+        if self._timeline.is_tracing:
+            args["requests"] = self.scheduler.requests_by_group()
+        self._timeline.span("scheduler", "plan", begin_sec, planned_sec, **args)
+        self.decisions.planned(plan)
+        launched = self.dispatch.launch(plan)
+        self.scheduler.launched(launched.sampled_cohorts, launched.finished_moves)
+        self._timeline.span("dispatch", "launch", planned_sec, self._now(), **args)
+        return launched
+
+    def _commit_previous(self) -> list[RequestOutput]:
+        if self._previous is None:
+            return []
+        sampled = self.dispatch.read(self._previous)
+        start_sec = self._now()
+        outputs = self.scheduler.commit(sampled, start_sec)
+        self.decisions.swept(start_sec)
+        self._timeline.span("scheduler", "commit", start_sec, self._now())
         return outputs

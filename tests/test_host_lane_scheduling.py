@@ -155,8 +155,8 @@ class TwoLanes(RuleBasedStateMachine):
             assert set(self.loop.outputs) == self.expected
             for output in self.loop.outputs.values():
                 check(output)
-            assert self.loop.scheduler._device.num_used == 0
-            assert self.loop.scheduler._host.num_used == 0
+            assert self.loop.scheduler._residency.device.num_used == 0
+            assert self.loop.scheduler._residency.host.num_used == 0
 
 
 TestTwoLanes = TwoLanes.TestCase

@@ -252,8 +252,10 @@ def play(index: int) -> tuple[list[list[int]], Counter[str]]:
 def assert_nothing_is_left(engine: object) -> None:
     """The engine has checked its ledger when the last request ended; here it must be empty."""
     scheduler, dispatch = engine._scheduler, engine._dispatch
-    assert [room.num_used for room in scheduler._rooms] == [0] * len(scheduler._rooms)
-    assert len(scheduler._free_slots) == scheduler.num_slots
+    assert [room.num_used for room in scheduler._residency.rooms] == [0] * len(
+        scheduler._residency.rooms
+    )
+    assert len(scheduler._residency._free_slots) == scheduler.num_slots
     assert not dispatch._cohorts
     assert not dispatch._moves
 

@@ -163,7 +163,7 @@ def test_after_a_fault_the_engine_closes_and_another_one_works():
 @pytest.mark.parametrize("lane", ["device", "host"])
 def test_a_page_that_nobody_gives_back_is_an_error(lane):
     engine = small_engine()
-    [room] = [one for one in engine._scheduler._rooms if one.lane == lane]
+    [room] = [one for one in engine._scheduler._residency.rooms if one.lane == lane]
     room.pool.allocate(1)
     with pytest.raises(RuntimeError, match=f"{lane} pages in use .*, accounted for Counter"):
         within_bound(lambda: run(engine, draw_requests()))
@@ -171,6 +171,6 @@ def test_a_page_that_nobody_gives_back_is_an_error(lane):
 
 def test_a_slot_that_nobody_gives_back_is_an_error():
     engine = small_engine()
-    engine._scheduler._free_slots.pop()
+    engine._scheduler._residency._free_slots.pop()
     with pytest.raises(RuntimeError, match=r"slots in use \[\], free \[1, 2, 3, 4, 5\]"):
         within_bound(lambda: run(engine, draw_requests()))

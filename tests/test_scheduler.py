@@ -272,14 +272,14 @@ def test_the_ledger_notices_a_lost_page():
     loop = Loop(num_pages=8, max_requests=2)
     loop.submit(make_request("0", [5] * 4, 20, ignore_eos=True))
     loop.step()
-    loop.scheduler._device.pool.allocate(1)
+    loop.scheduler._residency.device.pool.allocate(1)
     with pytest.raises(RuntimeError, match="device pages in use"):
         loop.scheduler.check_ledger()
 
 
 def test_the_ledger_notices_a_lost_slot():
     loop = Loop(num_pages=8, max_requests=2)
-    loop.scheduler._free_slots.pop()
+    loop.scheduler._residency._free_slots.pop()
     with pytest.raises(RuntimeError, match="slots in use"):
         loop.scheduler.check_ledger()
 
