@@ -173,7 +173,7 @@ def choose(
     chunks = [(1, whole), (1, quarter), (1, quarter // 4), (4, quarter), (16, quarter // 4)]
     chunks = [(count, tokens) for count, tokens in chunks if count <= rows[-1] and tokens >= 4]
     if host is not None:
-        chunks = chunks[:MAX_HYBRID_CHUNKS]
+        chunks = [chunks[0], chunks[1], *chunks[3:]] if len(chunks)==5 else chunks[:4]
     contexts = _progression(
         -(-whole // page_size),
         -(-max_model_len // page_size),
