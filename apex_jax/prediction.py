@@ -60,6 +60,13 @@ class Prediction(NamedTuple):
     def rate(self) -> float:
         return self.device_rate + self.host_rate
 
+    def cohort_job_sec(self, num_layers: int) -> float:
+        """Return how long the host attends in a layer to one cohort."""
+        if not self.host_rate:
+            return 0.0
+        rows = self.host_rows / self.choice.cohorts
+        return rows * self.host_busy / (num_layers * self.host_rate)
+
     @property
     def host_tpot_sec(self) -> float | None:
         """Time per output token of a host row that always rides; None where none does."""
