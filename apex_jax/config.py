@@ -103,12 +103,15 @@ class CacheConfig:
     host_bytes: budget of the host pool, for strategies with a host lane; None takes half of what is
         free there (and never more than max_host_requests requests of max_model_len tokens can use).
     page_size: tokens per page, in both pools.
+    prefix_reuse: requests that begin with the same tokens share the full pages of these, which stay
+        for later ones as long as nobody needs the memory.
     """
 
     device_bytes: int | None = None
     host_bytes: int | None = None
     device_fraction: float = 0.9
     page_size: int = 16
+    prefix_reuse: bool = True
 
 
 @dataclass
@@ -166,13 +169,19 @@ class SchedulerConfig:
 class SamplingDefaults:
     """What a request gets where its line does not say (the OpenAI API's defaults).
 
-    seed: mixed with each request's id into that request's own seed.
+    Meanings are those of request.SamplingParams; seed is mixed with each request's id into that
+    request's own seed.
     """
 
     max_tokens: int = 16
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int = 0
 
 

@@ -29,6 +29,7 @@ from apex_jax.dispatch import Dispatch, StuckError
 from apex_jax.engine_plan import EnginePlan
 from apex_jax.memory import MAX_TRANSIT_PAGES, MemoryPlan, check_programs
 from apex_jax.models import weights
+from apex_jax.models.model_files import fingerprint_of
 from apex_jax.monitor import StageMonitor
 from apex_jax.ops import native_library
 from apex_jax.placement import format_size
@@ -136,11 +137,9 @@ class Engine:
         if folder is None or config.model.weights == "dummy":
             on_progress("making dummy weights")
             loaded = weights.dummy(architecture, dtype, device, config.model.seed)
-            fingerprint = f"dummy-{config.model.seed}"
         else:
             on_progress(f"loading weights from {folder.path}")
             loaded = weights.load(folder.path, architecture, dtype, device)
-            fingerprint = weights.fingerprint(folder.path)
         cache_shape = (architecture, memory.page_size, dtype, device)
         pages = kv_cache.allocate(architecture, memory.num_pages, *cache_shape[1:])
         staging = None
@@ -186,6 +185,7 @@ class Engine:
             policy=policy,
             num_host_pages=memory.num_host_pages,
             max_host_requests=config.scheduler.max_host_requests if has_host else 0,
+            reuses_prefixes=config.cache.prefix_reuse,
         )
         dispatch = Dispatch(
             backend,
@@ -198,7 +198,7 @@ class Engine:
         )
         model = LoadedModel(
             name=folder.path.name if folder else "dummy",
-            fingerprint=fingerprint,
+            fingerprint=fingerprint_of(config.model),
             dtype=dtype.name,
             architecture=architecture,
         )
@@ -301,6 +301,12 @@ class Engine:
             "max_pages": stats.max_pages,
             "num_pages": memory.num_pages,
         }
+        if self._scheduler.reuses_prefixes:
+            metrics["prefix_reuse"] = {
+                "admitted_tokens": stats.num_admitted_tokens,
+                "reused_tokens": stats.num_reused_tokens,
+                "hit_rate": stats.num_reused_tokens / max(1, stats.num_admitted_tokens),
+            }
         prediction = self.decisions.summary()
         if prediction:
             metrics["prediction"] = prediction

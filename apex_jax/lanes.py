@@ -1,7 +1,9 @@
 """A lane's room: its pages, its rows, and the sequences whose KV lives there.
 
-Owns admission's arithmetic and the ledger of one pool; who goes where is the scheduler's business.
-Imports no jax.
+Owns admission's arithmetic, the ledger of one pool and what sequences share of it; who goes where
+is the scheduler's business. Full pages of a prompt are known as soon as the stages that fill them
+are planned, those of an output when its sequence leaves: stages run in the order of their planning.
+Nobody writes to a page that is known. Imports no jax.
 """
 
 import bisect
@@ -13,6 +15,7 @@ from jaxtyping import Int32
 
 from apex_jax.pages import BlockTables, PagePool, num_pages_for
 from apex_jax.plan import DecodeBatch
+from apex_jax.prefix_cache import PageNode, PrefixCache
 from apex_jax.sequence import Lane, Sequence
 
 
@@ -20,7 +23,8 @@ class LaneRoom:
     """What one lane can hold, and who is in it.
 
     max_requests: sequences at once. num_slots: of both lanes together, because a sequence keeps its
-    slot when it moves. sequences: by index, so the oldest first.
+    slot when it moves. reuses_prefixes: a sequence that begins like another one shares its pages.
+    sequences: by index, so the oldest first.
     """
 
     def __init__(
@@ -32,9 +36,12 @@ class LaneRoom:
         max_requests: int,
         max_model_len: int,
         num_slots: int,
+        reuses_prefixes: bool = False,
     ):
         self.lane, self.max_requests, self.page_size = lane, max_requests, page_size
-        self.pool = PagePool(num_pages)
+        self._known = PrefixCache(page_size) if reuses_prefixes else None
+        self._known_until: dict[Sequence, PageNode] = {}  # of sequences here, where not the root
+        self.pool = PagePool(num_pages, self._known)
         self.sequences: list[Sequence] = []
         self._num_arriving = 0
         max_pages = num_pages_for(min(max_model_len, num_pages * page_size), page_size)
@@ -63,17 +70,54 @@ class LaneRoom:
         """
         if not self.can_ever_hold(sequence):
             return False
-        num_pages = sum(self._num_pages_for(one) for one in [*ahead, sequence])
+        num_pages = sum(self._num_pages_wanted(one) for one in [*ahead, sequence])
         num_here = len(self.sequences) + self._num_arriving + len(ahead)
         return self.pool.num_free >= num_pages + num_here
 
+    def num_unfilled(self, sequence: Sequence) -> int:
+        """Return how many tokens there are to prefill of a sequence that is here or may enter."""
+        if sequence.lane is not None:
+            return sequence.num_unfilled
+        return len(sequence.token_ids) - len(self._find(sequence)) * self.page_size
+
+    def is_coming(self, sequence: Sequence, prefilling: AbstractSequence[Sequence]) -> bool:
+        """Whether one of those `prefilling` will fill the next page that a sequence could share."""
+        if self._known is None:
+            return False
+        known = self._find(sequence)
+        page_index, node = len(known), known[-1] if known else self._known.root
+        if page_index == self._most_shared(sequence):
+            return False
+        tokens = self._known.tokens_of(sequence.token_ids, page_index)
+        return any(
+            self._node_of(one) is node
+            and self._known.tokens_of(one.token_ids, page_index) == tokens
+            for one in prefilling
+        )
+
     def enter(self, sequence: Sequence) -> None:
-        """Take in a sequence that waited, with pages for its tokens and the next one."""
+        """Take in a sequence that waited, with pages for its tokens and the next one.
+
+        The first of them may hold its tokens already: those count as computed.
+        """
         assert sequence.lane is None
         assert not sequence.pages
+        assert sequence.slot is not None
+        known = self._find(sequence)
+        if known:
+            self._known_until[sequence] = known[-1]
+            sequence.pages = [node.page for node in known]
+            self.pool.share(sequence.pages)
+            self._tables.set(sequence.slot, 0, sequence.pages)
+            sequence.num_computed = len(known) * self.page_size
         sequence.lane = self.lane
         self._insert(sequence)
-        self._grow(sequence, self._num_pages_for(sequence))
+        self._grow(sequence, self._num_pages_for(sequence) - len(known))
+
+    def note_computed(self, sequence: Sequence) -> None:
+        """Let others share the full pages of what is planned of a sequence's known tokens."""
+        if self._known is not None:
+            self._note_known(sequence, min(sequence.num_computed, len(sequence.token_ids)))
 
     def reserve(self, sequence: Sequence) -> list[int]:
         """Return pages for a sequence that is on its way from the other lane."""
@@ -96,8 +140,13 @@ class LaneRoom:
 
     def leave(self, sequence: Sequence) -> None:
         """Let a sequence go, and its pages with it."""
+        if self._known is not None:
+            # Nor is the last token's KV whole, where it was under way when its cohort was dropped.
+            num_whole = min(sequence.num_computed, len(sequence.token_ids) - 1)
+            self._note_known(sequence, num_whole)
+            self._known_until.pop(sequence, None)
         self.sequences.remove(sequence)
-        self.pool.release(sequence.pages)
+        self.pool.release(reversed(sequence.pages))  # so that the first ones are kept longest
         sequence.pages, sequence.lane = [], None
 
     def needs_page(self, sequence: Sequence) -> bool:
@@ -132,6 +181,43 @@ class LaneRoom:
 
     def _num_pages_for(self, sequence: Sequence) -> int:
         return num_pages_for(sequence.num_tokens + 1, self.page_size)
+
+    def _num_pages_wanted(self, sequence: Sequence) -> int:
+        """Return how many of its pages a sequence takes from those that are free."""
+        num_pages = self._num_pages_for(sequence)
+        for node in self._find(sequence) if sequence.lane is None else ():
+            if not self.pool.is_used(node.page):
+                break  # it and those behind it may be gone when the sequence enters
+            num_pages -= 1
+        return num_pages
+
+    def _most_shared(self, sequence: Sequence) -> int:
+        """Return how many known pages a sequence can use: the last token's logits are wanted.
+
+        Those of its whole prompt where it asks for them.
+        """
+        return 0 if sequence.wants_prompt else (len(sequence.token_ids) - 1) // self.page_size
+
+    def _find(self, sequence: Sequence) -> list[PageNode]:
+        """Return the known pages of a sequence that waits."""
+        if self._known is None:
+            return []
+        return self._known.find(sequence.token_ids, self._most_shared(sequence))
+
+    def _node_of(self, sequence: Sequence) -> PageNode:
+        """Return the last known page of a sequence that is here or waits."""
+        assert self._known is not None
+        if sequence.lane is None:
+            return (self._find(sequence) or [self._known.root])[-1]
+        return self._known_until.get(sequence, self._known.root)
+
+    def _note_known(self, sequence: Sequence, num_tokens: int) -> None:
+        assert self._known is not None
+        node = self._known_until.get(sequence, self._known.root)
+        num_pages = num_tokens // self.page_size
+        self._known_until[sequence] = self._known.add(
+            node, sequence.token_ids, sequence.pages, num_pages
+        )
 
     def _insert(self, sequence: Sequence) -> None:
         bisect.insort(self.sequences, sequence, key=lambda one: one.index)

@@ -68,8 +68,9 @@ class Completion:
 class Generation:
     """What came of one prompt.
 
-    index: its place among those given, from 0. outputs: none where there is an error, which says
-    why it cannot run. details: token ids of the prompt, times and lanes; None with an error.
+    index: its place among those given, from 0. outputs: as many as SamplingParams.n says; none
+    where there is an error, which says why it cannot run. details: token ids of the prompt, times
+    and lanes of the first output; None with an error.
     """
 
     index: int
@@ -102,14 +103,7 @@ class LLM:
         if model is not None:
             config.model.path = str(model)
         check_defaults(config.sampling)
-        defaults = config.sampling
-        self._default_sampling = SamplingParams(
-            max_tokens=defaults.max_tokens,
-            temperature=defaults.temperature,
-            top_k=defaults.top_k,
-            top_p=defaults.top_p,
-            seed=defaults.seed,
-        )
+        self._default_sampling = SamplingParams(**dataclasses.asdict(config.sampling))
         path = config.model.path
         folder = None if path is None else Path(path).expanduser()
         if folder is not None and not folder.is_dir():
@@ -274,12 +268,14 @@ def _read_prompt(prompt: object) -> Prompt:
 
 
 def _to_generation(finished: Finished[int]) -> Generation:
-    output = finished.output
-    completion = Completion(
-        finished.text,
-        output.token_ids,
-        output.finish_reason,
-        finished.stop_reason,
-        output.logprobs,
+    completions = tuple(
+        Completion(
+            choice.text,
+            choice.output.token_ids,
+            choice.output.finish_reason,
+            choice.stop_reason,
+            choice.output.logprobs,
+        )
+        for choice in finished.choices
     )
-    return Generation(finished.tag, (completion,), details=output)
+    return Generation(finished.tag, completions, details=finished.choices[0].output)

@@ -2,7 +2,7 @@
 
 Owns the sizes (pages of either lane, shapes of batches) and the host's programs and memory. Loops
 over them are one for each strategy, one after the other. Refuses what the host cannot hold. Called
-by launch/bench_paced.py.
+by bench_paced and run_benchmark.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from apex_jax.config import Config, ConfigError, LlamaConfig, parse_cpus, valida
 from apex_jax.hardware import Backend, Job
 from apex_jax.kv_cache import page_bytes
 from apex_jax.memory import GIB, MAX_HOST_FRACTION, free_host_bytes
+from apex_jax.monitor import StageMonitor
 from apex_jax.pages import num_pages_for
 from apex_jax.policies import Policy
 from apex_jax.programs import span_of_layers
@@ -77,7 +78,6 @@ class PacedPlan:
             num_host_pages = scheduler.max_host_requests * pages_per_request
             if config.cache.host_bytes is not None:
                 num_host_pages = min(num_host_pages, config.cache.host_bytes // bytes_of_page)
-            _check_host_memory(num_host_pages * bytes_of_page)
         if num_pages < 1:
             raise ConfigError(
                 f"--config.cache.device_bytes is {config.cache.device_bytes}; one page takes "
@@ -100,6 +100,17 @@ class PacedPlan:
             ),
         )
 
+    def check_host_memory(self) -> None:
+        """Raise ConfigError where this machine cannot hold the host's KV cache."""
+        needed_bytes, free_bytes = self.num_host_pages * self.page_bytes, free_host_bytes()
+        if free_bytes is not None and needed_bytes > free_bytes * MAX_HOST_FRACTION:
+            raise ConfigError(
+                f"the host's KV cache would take {needed_bytes / GIB:.2f} GiB, and "
+                f"{free_bytes / GIB:.2f} are free, of which {MAX_HOST_FRACTION:.0%} may be taken; "
+                "lower --config.scheduler.max_host_requests, max_model_len or "
+                "--config.cache.host_bytes"
+            )
+
     def describe(self) -> str:
         """Return the sizes in a line."""
         return (
@@ -109,8 +120,13 @@ class PacedPlan:
             "host"
         )
 
-    def loop(self, backend: Backend, policy: Policy) -> SweepLoop:
-        """Return a loop of one strategy over a backend that no other loop uses at the time."""
+    def loop(
+        self, backend: Backend, policy: Policy, monitor: StageMonitor | None = None
+    ) -> SweepLoop:
+        """Return a loop of one strategy over a backend that no other loop uses at the time.
+
+        monitor: as SweepLoop.create takes it.
+        """
         scheduler = self.config.scheduler
         return SweepLoop.create(
             backend,
@@ -125,6 +141,7 @@ class PacedPlan:
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
             watchdog_sec=scheduler.watchdog_sec,
+            monitor=monitor,
         )
 
     def paced_backend(
@@ -177,13 +194,3 @@ def _shapes(
         page_size=config.cache.page_size,
         host=limits,
     )
-
-
-def _check_host_memory(needed_bytes: int) -> None:
-    free_bytes = free_host_bytes()
-    if free_bytes is not None and needed_bytes > free_bytes * MAX_HOST_FRACTION:
-        raise ConfigError(
-            f"the host's KV cache would take {needed_bytes / GIB:.2f} GiB, and "
-            f"{free_bytes / GIB:.2f} are free, of which {MAX_HOST_FRACTION:.0%} may be taken; "
-            "lower --config.scheduler.max_host_requests, max_model_len or --config.cache.host_bytes"
-        )

@@ -78,7 +78,8 @@ def describe_plan(
     lines += [
         f"memory     weights {format_size(memory.weight_bytes)}, KV cache "
         f"{format_size(memory.pool_bytes)} ({memory.num_pages} pages of {memory.page_size} = "
-        f"{memory.pool_tokens} tokens)",
+        f"{memory.pool_tokens} tokens), prefixes {'' if config.cache.prefix_reuse else 'not '}"
+        "reused",
     ]
     if host_op is not None:
         lines.append(

@@ -13,7 +13,6 @@ from typing import Any
 
 from apex_jax.buckets import Buckets
 from apex_jax.config import ProfileConfig
-from apex_jax.cost_model import Times
 from apex_jax.hardware import Backend
 from apex_jax.measured_times import MeasuredTimes
 from apex_jax.plan import DecodeBatch
@@ -52,7 +51,7 @@ class Profiler:
         self._shapes, self._capacity = shapes, capacity
         self._chains = StageChains(backend, capacity)
 
-    def times(self, config: ProfileConfig, on_progress: OnProgress) -> Times:
+    def times(self, config: ProfileConfig, on_progress: OnProgress) -> MeasuredTimes:
         """Return the times of a profile that was kept, or else calibrate; say which it is.
 
         A file that is no profile of this engine is reported, and not used.

@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int32
 MAX_LOGPROBS = 20  # alternatives of a token: what the OpenAI API gives a chat, and vLLM by default
 # Biases or bad words of a request: they travel to the device with every token, and have room there.
 MAX_LISTED = 1024
+MAX_CHOICES = 128  # of a request, as the OpenAI API has it
 
 
 class RequestError(ValueError):
@@ -44,7 +45,7 @@ class SamplingParams:
     Text has to become token ids before a request is submitted. logprobs: how many of the best
     tokens are reported beside each one of the output, with the logarithms of the probabilities that
     the model itself gave them; None reports nothing. prompt_logprobs: the same of the prompt's
-    tokens, from the second on.
+    tokens, from the second on. n: how many outputs are wanted, each with a seed of its own.
     """
 
     max_tokens: int = 16
@@ -65,6 +66,7 @@ class SamplingParams:
     bad_words: tuple[str | tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    n: int = 1
 
     def __post_init__(self) -> None:
         for name, value, ok, right in (*self._numbers(), *self._lists()):
@@ -85,6 +87,7 @@ class SamplingParams:
         repetition_range = "between 0.01 and 100 (1 is off)"
         num_best = {"logprobs": self.logprobs, "prompt_logprobs": self.prompt_logprobs}
         return (
+            ("n", self.n, 1 <= self.n <= MAX_CHOICES, f"between 1 and {MAX_CHOICES}"),
             ("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1"),
             ("temperature", self.temperature, 0 <= self.temperature <= 100, "between 0 and 100"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 is off)"),

@@ -16,10 +16,16 @@ from apex_jax.sequence import Lane, Sequence
 
 @dataclass
 class SchedulerStats:
-    """What has been planned and read so far, and the most that was in use at once."""
+    """What has been planned and read so far, and the most that was in use at once.
+
+    num_admitted_tokens: of requests as they enter a lane; num_reused_tokens: of those, such as have
+    their KV already.
+    """
 
     num_sweeps: int = 0
     num_preemptions: int = 0
+    num_admitted_tokens: int = 0
+    num_reused_tokens: int = 0
     num_prefilled_tokens: int = 0
     num_host_prefilled_tokens: int = 0
     num_output_tokens: int = 0
@@ -58,6 +64,8 @@ class Residency:
         self.waiting.remove(sequence)
         sequence.slot = self._free_slots.pop()
         room.enter(sequence)
+        self.stats.num_admitted_tokens += len(sequence.token_ids)
+        self.stats.num_reused_tokens += sequence.num_computed
 
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to wait; its KV is recomputed later."""
@@ -110,6 +118,7 @@ class Residency:
         arriving: pages in each lane of those who are on their way there.
         """
         for room in self.rooms:
+            room.pool.check()
             pages = room.pages_of(room.sequences) + arriving[room.lane]
             if pages != room.pool.references():
                 raise RuntimeError(

@@ -24,12 +24,15 @@ from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
 from apex_jax.residency import Residency, SchedulerStats
 from apex_jax.sequence import Lane, Sequence
 
+# Requests that wait for what another one is computing, before nobody behind them is looked at.
+MAX_PASSED_OVER = 32
+
 
 class Scheduler:
     """Continuous batching over the pages of one or two lanes.
 
     num_host_pages, max_host_requests: where the policy has a host lane, for which `buckets` have
-    shapes then.
+    shapes then. reuses_prefixes: prompts that begin alike share pages, and are computed once.
     """
 
     def __init__(
@@ -45,12 +48,13 @@ class Scheduler:
         policy: Policy | None = None,
         num_host_pages: int = 0,
         max_host_requests: int = 0,
+        reuses_prefixes: bool = False,
     ):
         self._policy: Policy = DeviceOnly() if policy is None else policy
         has_host = self._policy.max_cohorts > 0
         if has_host != (buckets.host is not None) or has_host != (num_host_pages > 0):
             raise ValueError(f"{self._policy} with {num_host_pages} host pages, {buckets.host}")
-        self.page_size = buckets.page_size
+        self.page_size, self.reuses_prefixes = buckets.page_size, reuses_prefixes
         self._chunks = buckets.chunks
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
@@ -64,6 +68,7 @@ class Scheduler:
                 max_requests=lane_requests,
                 max_model_len=max_model_len,
                 num_slots=self.num_slots,
+                reuses_prefixes=reuses_prefixes and lane is Lane.DEVICE,
             )
 
         device = make_room(Lane.DEVICE, num_pages, max_requests)
@@ -138,6 +143,8 @@ class Scheduler:
                 f"{num_tokens}; the limit here is {self.max_model_len} (the model's context, "
                 "scheduler.max_model_len or what the KV cache holds, whichever is least)"
             )
+        if sampling.n > 1:
+            raise RequestError(f"n is {sampling.n}: the engine takes one request for each output")
         if sampling.stop and request.is_last is None:
             raise RequestError("stop is given, and the request has no is_last to find it")
         stops = frozenset(sampling.stop_token_ids)
@@ -266,9 +273,15 @@ class Scheduler:
         device, kept_for = self._residency.device, self._movement.kept_for
         candidates = [one for one in device.sequences if one.num_unfilled][:max_rows]
         admissible: list[Sequence] = []
+        num_passed_over = 0
         for sequence in self._residency.waiting if self._policy.uses_device_lane else ():
             if len(candidates) + len(admissible) == max_rows or sequence.num_unread:
                 break
+            if device.is_coming(sequence, [*candidates, *admissible]):
+                num_passed_over += 1
+                if num_passed_over == MAX_PASSED_OVER:
+                    break
+                continue
             if not device.has_row(admissible):
                 break
             if not device.has_pages(sequence, admissible):
@@ -279,7 +292,7 @@ class Scheduler:
         candidates = sorted(candidates + admissible, key=lambda one: one.index)
         if not candidates:
             return [], 0
-        rows, tokens = fullest_chunk(self._chunks, [one.num_unfilled for one in candidates])
+        rows, tokens = fullest_chunk(self._chunks, [device.num_unfilled(one) for one in candidates])
         chosen = candidates[:rows]
         for sequence in chosen:
             if sequence.lane is None:
@@ -300,6 +313,7 @@ class Scheduler:
         ):
             token_ids_bt[row, :length] = sequence.token_ids[start : start + length]
             sequence.num_computed += length
+            self._residency.device.note_computed(sequence)
             if sequence.num_unfilled == 0:
                 sequence.is_decoding = True
                 finishing.append(row)

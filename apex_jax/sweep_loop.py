@@ -12,6 +12,7 @@ from apex_jax.buckets import Buckets
 from apex_jax.decisions import DecisionRecord
 from apex_jax.dispatch import Dispatch, StuckError, SweepHandle
 from apex_jax.hardware import Backend
+from apex_jax.monitor import StageMonitor
 from apex_jax.policies import Policy
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler
@@ -54,10 +55,12 @@ class SweepLoop:
         max_model_len: int,
         vocab_size: int,
         watchdog_sec: float,
+        monitor: StageMonitor | None = None,
     ) -> "SweepLoop":
         """Return a loop of one strategy; what concerns the host counts where the policy has one.
 
-        shapes: with those of a host lane, if any policy has one.
+        shapes: with those of a host lane, if any policy has one. monitor: learns from what sweeps
+        took; whoever gives it reports the stages to it.
         """
         has_host = policy.max_cohorts > 0
         scheduler = Scheduler(
@@ -80,7 +83,7 @@ class SweepLoop:
             watchdog_sec=watchdog_sec,
             transit_sizes=shapes.host.transit_pages if shapes.host else (),
         )
-        return cls(scheduler, dispatch, DecisionRecord(policy, None), backend.now)
+        return cls(scheduler, dispatch, DecisionRecord(policy, monitor), backend.now)
 
     @property
     def has_work(self) -> bool:

@@ -39,7 +39,8 @@ from launch.measuring import ResultFile, Row
 from launch.paced_host import HostMeter
 from launch.schedule_arithmetic import Load, expected_rate
 from launch.shared_engine import Span, SpanKeeper
-from launch.steady_state import Look, SteadyRun, Steered, settings_of
+from launch.steady_state import Look, SteadyRun, Steered
+from launch.strategy_names import settings_of
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Of the model, with its shape.")
 _DEVICE = flags.DEFINE_enum("device", "t4", list(DEVICES), "Profile in configs/hardware.")
@@ -125,7 +126,7 @@ class Bench:
         }
 
     def _settings(self, name: str) -> SchedulerConfig:
-        return settings_of(name, self._num_host)
+        return settings_of(name, SchedulerConfig(max_host_requests=self._num_host))
 
     def _requests(self, policy: Steered) -> tuple[list[Request], list[Request]]:
         """Return who is to fill the device's lane, and who the host's."""
@@ -340,6 +341,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config, num_device = make_config()
         plan = PacedPlan.create(config)
+        plan.check_host_memory()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,12 @@ from typing import Any, NoReturn
 from absl import flags
 
 from apex_jax.batch.job import EXIT_REFUSED
-from apex_jax.config import Config
+from apex_jax.config import Config, ConfigError
+from apex_jax.settings import SIZE_FIELDS, read_size
+
+_SIZE_FLAG = re.compile(
+    rf"--?(config\.(?:{'|'.join(map(re.escape, SIZE_FIELDS))}))(?:=(.*))?", re.S
+)
 
 
 def parse_flags(
@@ -28,7 +33,7 @@ def parse_flags(
     """
     atexit.register(_settle_stderr)
     try:
-        rest = flags.FLAGS(list(argv))
+        rest = flags.FLAGS(list(_in_plain_bytes(argv)))
         if len(rest) > 1:
             refuse(f"{rest[1]!r} is no flag; values are given as --name=value")
         for flag in required:
@@ -44,6 +49,8 @@ def parse_flags(
             )
     except SystemExit:
         raise
+    except ConfigError as error:
+        refuse(str(error))
     except Exception as error:  # what a config file or ml_collections raises
         refuse(_explain(argv, error))
     return rest
@@ -66,6 +73,18 @@ def refuse(message: str) -> NoReturn:
     with contextlib.suppress(OSError):
         print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_REFUSED)
+
+
+def _in_plain_bytes(argv: Sequence[str]) -> Iterator[str]:
+    """Yield the arguments with sizes such as 3GiB in bytes, which is what their fields hold."""
+    rest = iter(argv)
+    for argument in rest:
+        match = _SIZE_FLAG.fullmatch(argument)
+        if match is None:
+            yield argument
+            continue
+        text = next(rest, "") if match[2] is None else match[2]
+        yield f"--{match[1]}={read_size(f'--{match[1]}', text)}"
 
 
 def _explain(argv: Sequence[str], error: Exception) -> str:

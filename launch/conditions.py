@@ -7,14 +7,13 @@ when it is placed. Called by the simulate scripts. Imports no jax.
 
 import importlib
 import pkgutil
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import NamedTuple
 
 import configs
-from apex_jax.config import STRATEGIES, ConfigError, LlamaConfig, SchedulerConfig
+from apex_jax.config import ConfigError, LlamaConfig, SchedulerConfig
 from apex_jax.cost_model import StageTimes
 from apex_jax.hardware_profiles import GIB, DeviceProfile, HostProfile, stage_times
 from apex_jax.policies import Policy
@@ -22,6 +21,7 @@ from apex_jax.simulation import Simulation, Steady, frozen_state
 from apex_jax.strategies import make_policy
 from configs.hardware.devices import DEVICES
 from configs.hardware.hosts import HOSTS
+from launch import strategy_names
 from launch.workloads import Lengths
 
 ITEMSIZE = 2  # of weights and KV: float16 or bfloat16
@@ -29,7 +29,6 @@ PAGE_SIZE = 16
 RESERVE_BYTES = int(1.5 * GIB)  # of the card, for programs' scratch and the driver's own
 MAX_DEVICE_REQUESTS, MAX_HOST_REQUESTS = 256, 1024
 LAYERS_PER_PROGRAM = 4
-NUMBERED = {"staggered": "cohorts", "passes": "passes"}
 ALL_STRATEGIES = (
     *("device_only", "async_overlap", "staggered_2", "passes_2", "passes_4"),
     *("asymmetric_pipelining", "full_offload", "apex_paper", "apex"),
@@ -67,16 +66,7 @@ class Place:
 
 def settings_of(name: str) -> SchedulerConfig:
     """Return what a strategy's name stands for: passes_4 may pass 4 layers; ConfigError else."""
-    match = re.fullmatch(r"(.*?)(?:_(\d+))?", name)
-    assert match is not None
-    strategy, number = match[1], match[2]
-    if strategy not in STRATEGIES or (number is not None and strategy not in NUMBERED):
-        raise ConfigError(
-            f"no strategy is called {name!r}; there are {', '.join(STRATEGIES)}, "
-            "staggered_N with N cohorts and passes_N with N passes"
-        )
-    given = {} if number is None else {NUMBERED[strategy]: int(number)}
-    return SchedulerConfig(strategy=strategy, max_host_requests=MAX_HOST_REQUESTS, **given)
+    return strategy_names.settings_of(name, SchedulerConfig(max_host_requests=MAX_HOST_REQUESTS))
 
 
 def device_profile(name: str) -> DeviceProfile:

@@ -151,11 +151,13 @@ class ResultFile:
     """One JSON file of named groups of rows.
 
     path: where it lies; its folder is made. budget_sec: after this time no further group begins;
-    those are listed as left out.
+    those are listed as left out. line: what is printed of a row.
     """
 
-    def __init__(self, path: Path, header: Row, budget_sec: float):
-        self.path, self._start = path, now()
+    def __init__(
+        self, path: Path, header: Row, budget_sec: float, line: Callable[[Row], str] | None = None
+    ):
+        self.path, self._start, self._line = path, now(), line or _line
         self._deadline = self._start + budget_sec
         groups: dict[str, Any] = {}
         self.content = {**header, "groups": groups, "failed": {}, "left_out": {}, "seconds": {}}
@@ -182,7 +184,7 @@ class ResultFile:
         try:
             for row in rows():
                 kept.append(_plain(row))
-                print("  " + _line(row), flush=True)
+                print("  " + self._line(row), flush=True)
                 self._write()
                 if self.left_sec <= 0:
                     content["left_out"][group] = f"the time budget was spent after {len(kept)} rows"
@@ -191,6 +193,11 @@ class ResultFile:
             content["failed"][group] = reason(error)
             traceback.print_exc()
         content["seconds"][group] = round(now() - start, 2)
+        self._write()
+
+    def record(self, group: str, rows: Iterable[Row]) -> None:
+        """Write rows that follow from others, whatever the budget."""
+        self.content["groups"][group] = [_plain(row) for row in rows]
         self._write()
 
     def _write(self) -> None:

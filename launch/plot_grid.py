@@ -1,84 +1,98 @@
 """Draw the grid's gains over device_only as SVG: a cell for each host bandwidth and context.
 
-Owns the picture; its rows are simulate_grid's.
+Owns the pictures and what a cell is; its rows are simulate_grid's. Called by simulate_grid and by
+the report.
 """
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-from xml.sax.saxutils import escape
+from typing import Any, NamedTuple
+
+from launch.drawing import Picture, rect, text
 
 Row = dict[str, Any]
-WIDTH, CELL_WIDTH, CELL_HEIGHT, LEFT, TOP = 880, 62, 30, 70, 62  # pixels
+WIDTH, CELL_WIDTH, CELL_HEIGHT, LEFT, TOP = 360, 50, 30, 56, 44  # pixels of a panel
 # From Paul Tol's sunset scheme: a loss, no difference, more and more of a gain.
 LOSS, NONE, GAINS = "#f67e4b", "#eaeccc", ("#c2e4ef", "#98cae1", "#6ea6cd", "#4a7bb7")
 HYBRIDS = ("async_overlap", "staggered_2", "passes_2", "passes_4", "asymmetric_pipelining")
 GAIN_STEPS = (1.02, 1.1, 1.25, 1.5)
 
 
+class Cells(NamedTuple):
+    """What a panel shows: a value for each context (line) and host bandwidth (column)."""
+
+    title: str
+    values: dict[tuple[int, float], float]
+    form: str
+    color: Callable[[float], str]
+
+    @property
+    def contexts(self) -> list[int]:
+        return sorted({context for context, _ in self.values})
+
+    @property
+    def scales(self) -> list[float]:
+        return sorted({scale for _, scale in self.values})
+
+
+def losing(rows: Sequence[Row]) -> Cells:
+    """Return where fixed hybrids lose: the share of conditions in which one of them does."""
+    title = "Share of conditions in which a fixed hybrid is below device_only"
+    return Cells(title, _by_cell(rows, _losing), "{:.0%}", _loss_color)
+
+
+def gains(rows: Sequence[Row]) -> Cells:
+    """Return what apex gains: the median over a cell's conditions."""
+    title = "Median rate of apex over device_only"
+    return Cells(title, _by_cell(rows, _median_gain), "{:.2f}", _gain_color)
+
+
+def draw_panel(cells: Cells) -> Picture:
+    """Return one panel."""
+    height = TOP + CELL_HEIGHT * len(cells.contexts) + 24
+    return Picture(WIDTH, height, list(_panel(cells, 0)), cells.title)
+
+
 def draw_grid(rows: Sequence[Row]) -> str:
-    """Return two panels: where fixed hybrids lose, and what apex gains."""
-    panels = [
-        *_panel(
-            rows, "a fixed hybrid is below device_only: share", 0, _losing, _loss_color, "{:.0%}"
-        ),
-        *_panel(
-            rows, "apex over device_only: median", WIDTH / 2, _median_gain, _gain_color, "{:.2f}"
-        ),
-    ]
-    num_lines = len({_context(row) for row in rows})
-    height = TOP + CELL_HEIGHT * num_lines + 34
-    return "\n".join(
-        (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
-            f'viewBox="0 0 {WIDTH} {height}" font-family="Helvetica, Arial, sans-serif" '
-            'font-size="11" fill="#222222">',
-            f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-            *panels,
-            "</svg>\n",
-        )
-    )
+    """Return two panels side by side as a file."""
+    both, body = (losing(rows), gains(rows)), list[str]()
+    for index, cells in enumerate(both):
+        x = (WIDTH + 20) * index
+        body += [text(x + 8, 16, cells.title, 'font-size="11"'), *_panel(cells, x)]
+    height = TOP + CELL_HEIGHT * len(both[0].contexts) + 24
+    title = "Where fixed hybrids lose, and what apex gains"
+    return Picture(2 * WIDTH + 20, height, body, title).to_file()
 
 
-def _panel(
-    rows: Sequence[Row],
-    title: str,
-    left: float,
-    value: Callable[[Sequence[Row]], float],
-    color: Callable[[float], str],
-    form: str,
-) -> Iterator[str]:
-    scales = sorted({row["host_bandwidth_scale"] for row in rows})
-    contexts = sorted({_context(row) for row in rows})
-    yield _text(left + 12, 20, title, 'font-size="13"')
-    yield _text(left + LEFT - 8, TOP - 10, "context", 'text-anchor="end"')
-    bottom = TOP + CELL_HEIGHT * len(contexts)
-    yield _text(left + LEFT, bottom + 18, "host bandwidth, of a host with 256 GB/s", "")
-    for column, scale in enumerate(scales):
-        x = left + LEFT + (column + 0.5) * min(CELL_WIDTH, (WIDTH / 2 - LEFT - 8) / len(scales))
-        yield _text(x, TOP - 10, f"x{scale:g}", 'text-anchor="middle"')
-    for line, context in enumerate(contexts):
+def _panel(cells: Cells, left: float) -> Iterator[str]:
+    corner = left + LEFT
+    yield text(corner - 8, TOP - 8, "context", 'class="muted" text-anchor="end"')
+    bottom = TOP + CELL_HEIGHT * len(cells.contexts) + 16
+    yield text(corner, bottom, "host bandwidth, of a host with 256 GB/s", 'class="muted"')
+    for column, scale in enumerate(cells.scales):
+        x = corner + (column + 0.5) * CELL_WIDTH
+        yield text(x, TOP - 8, f"x{scale:g}", 'text-anchor="middle"')
+    for line, context in enumerate(cells.contexts):
         y = TOP + CELL_HEIGHT * line
-        yield _text(left + LEFT - 8, y + 19, str(context), 'text-anchor="end"')
-        for column, scale in enumerate(scales):
-            width = min(CELL_WIDTH, (WIDTH / 2 - LEFT - 8) / len(scales))
-            there = [
-                row
-                for row in rows
-                if row["host_bandwidth_scale"] == scale and _context(row) == context
-            ]
-            if not there:
+        yield text(corner - 8, y + 19, f"{context:,}", 'text-anchor="end"')
+        for column, scale in enumerate(cells.scales):
+            value = cells.values.get((context, scale))
+            if value is None:
                 continue
-            x, shown = left + LEFT + column * width, value(there)
-            yield (
-                f'<rect x="{x:.1f}" y="{y}" width="{width - 1:.1f}" height="{CELL_HEIGHT - 1}" '
-                f'fill="{color(shown)}"/>'
-            )
-            yield _text(x + width / 2, y + 19, form.format(shown), 'text-anchor="middle"')
+            x = corner + column * CELL_WIDTH
+            yield rect(x, y, CELL_WIDTH - 2, CELL_HEIGHT - 2, cells.color(value))
+            attributes = 'class="on-color" text-anchor="middle"'
+            yield text(x + CELL_WIDTH / 2 - 1, y + 18, cells.form.format(value), attributes)
 
 
-def _context(row: Row) -> int:
-    return row["prompt_tokens"] + row["output_tokens"]
+def _by_cell(
+    rows: Sequence[Row], value: Callable[[Sequence[Row]], float]
+) -> dict[tuple[int, float], float]:
+    found: dict[tuple[int, float], list[Row]] = {}
+    for row in rows:
+        context = row["prompt_tokens"] + row["output_tokens"]
+        found.setdefault((context, row["host_bandwidth_scale"]), []).append(row)
+    return {cell: value(there) for cell, there in found.items()}
 
 
 def _losing(rows: Sequence[Row]) -> float:
@@ -101,7 +115,3 @@ def _gain_color(gain: float) -> str:
     if gain < 1 / GAIN_STEPS[0]:
         return LOSS
     return (NONE, *GAINS)[sum(gain >= step for step in GAIN_STEPS)]
-
-
-def _text(x: float, y: float, text: str, attributes: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(text)}</text>'

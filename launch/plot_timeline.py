@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.sax.saxutils import escape
 
 from absl import app, flags
 
 from apex_jax.trace import read_events
+from launch.drawing import LIGHT, OTHER, Picture, grid_line, rect, round_step, text
 
 # Pixels. A README column on GitHub is about 880 wide.
 WIDTH, LEFT, RIGHT = 880, 112, 48
@@ -25,19 +25,7 @@ ROW, BAR, STRIPE, INSET, AXIS, LEGEND = 30, 22, 4, 4, 22, 20
 MIN_BAR = 0.4  # what is narrower is drawn so wide, and what it then hides is left out
 LETTER = 5.6  # of the 10 pixel font, generously
 
-# Paul Tol's light scheme, then his bright one: told apart by colour-blind people too.
-BAR_COLORS = (
-    "#77aadd",
-    "#eedd88",
-    "#44bb99",
-    "#ffaabb",
-    "#bbcc33",
-    "#99ddff",
-    "#ee8866",
-    "#aaaa00",
-)
 COHORT_COLORS = ("#ee6677", "#4477aa", "#228833", "#aa3377", "#66ccee", "#ccbb44")
-OTHER_COLOR = "#bbbbbb"
 
 
 class Span(NamedTuple):
@@ -103,24 +91,16 @@ def draw(lanes: dict[str, list[Span]], view: View) -> str:
     for index, (title, spans) in enumerate(lanes.items()):
         body += _lane(title, spans, view, colors, AXIS + ROW * index)
     legend, height = _legend(lanes, colors, bottom + LEGEND)
-    return "\n".join(
-        (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
-            f'viewBox="0 0 {WIDTH} {height}" font-family="Helvetica, Arial, sans-serif" '
-            'font-size="10" fill="#222222">',
-            f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-            *body,
-            *legend,
-            "</svg>\n",
-        )
-    )
+    return Picture(
+        WIDTH, height, (*body, *legend), "What ran when, by lane", font_size=10
+    ).to_file()
 
 
 def _lane(
     title: str, spans: list[Span], view: View, colors: dict[str, str], top: float
 ) -> Iterator[str]:
     middle = top + BAR / 2 + 4
-    yield _text(LEFT - 8, middle, title, 'text-anchor="end" font-size="12"')
+    yield text(LEFT - 8, middle, title, 'text-anchor="end" font-size="12"')
     drawn_to: Counter[int] = Counter()  # in tenths of a pixel, by depth
     busy_sec, busy_until_sec = 0.0, view.from_sec
     for span in spans:
@@ -133,47 +113,44 @@ def _lane(
             drawn_to[span.depth] = math.ceil(10 * right)
             yield from _bar(span, left, right - left, colors[span.name], top)
     share = f"{100 * busy_sec / view.sec:.0f} %"
-    yield _text(WIDTH - 4, middle, share, 'text-anchor="end" font-size="12"')
+    yield text(WIDTH - 4, middle, share, 'text-anchor="end" font-size="12"')
 
 
 def _bar(span: Span, left: float, width: float, color: str, top: float) -> Iterator[str]:
     y, height = top + INSET * span.depth, BAR - INSET * span.depth
-    where = f'x="{left:.2f}" width="{width:.2f}"'
-    border = ' stroke="#ffffff" stroke-width="0.5"' if width > 3 else ""
+    border = 'class="edge" stroke="#ffffff" stroke-width="0.5"' if width > 3 else ""
     milliseconds = 1e3 * (span.end_sec - span.start_sec)
     tip = [f"{span.name}, {milliseconds:.3f} ms", *(f"{k} {v}" for k, v in span.args.items())]
-    yield (
-        f'<rect {where} y="{y}" height="{height}" fill="{color}"{border}>'
-        f"<title>{escape(', '.join(tip))}</title></rect>"
-    )
+    yield rect(left, y, width, height, color, ", ".join(tip), border)
     if "cohort" in span.args:
         stripe = _cohort_color(span.args["cohort"])
-        yield f'<rect {where} y="{top + BAR - STRIPE}" height="{STRIPE}" fill="{stripe}"/>'
+        yield rect(left, top + BAR - STRIPE, width, STRIPE, stripe)
     layer = str(span.args.get("layer", ""))
-    for text in (f"{span.name} {layer}".strip(), layer):
-        if text and LETTER * len(text) + 2 <= width:
-            yield _text(left + width / 2, y + height / 2 + 2, text, 'text-anchor="middle"')
+    for label in (f"{span.name} {layer}".strip(), layer):
+        if label and LETTER * len(label) + 2 <= width:
+            attributes = 'class="on-color" text-anchor="middle"'
+            yield text(left + width / 2, y + height / 2 + 2, label, attributes)
             break
 
 
 def _axis(view: View, bottom: float) -> Iterator[str]:
     """Lines at round milliseconds from the picture's left edge."""
-    step_ms = _round_step(100 * view.sec)
+    step_ms = round_step(100 * view.sec)
     for index in range(int(1e3 * view.sec / step_ms) + 1):
         x = view.x(view.from_sec + index * step_ms / 1e3)
-        yield f'<path d="M{x:.2f} {AXIS - 4}V{bottom}" stroke="#dddddd"/>'
-        yield _text(x, AXIS - 8, f"{index * step_ms:g}", 'text-anchor="middle"')
-    yield _text(LEFT - 12, AXIS - 8, f"ms from {view.from_sec:g} s", 'text-anchor="end"')
-    yield _text(WIDTH - 4, AXIS - 8, "busy", 'text-anchor="end"')
+        yield grid_line(f"M{x:.2f} {AXIS - 4}V{bottom}")
+        yield text(x, AXIS - 8, f"{index * step_ms:g}", 'text-anchor="middle"')
+    yield text(LEFT - 12, AXIS - 8, f"ms from {view.from_sec:g} s", 'text-anchor="end"')
+    yield text(WIDTH - 4, AXIS - 8, "busy", 'text-anchor="end"')
 
 
 def _legend(
     lanes: dict[str, list[Span]], colors: dict[str, str], top: float
 ) -> tuple[list[str], float]:
     """Return what colours mean, and where the picture ends."""
-    entries = [(name, color) for name, color in colors.items() if color != OTHER_COLOR]
-    if OTHER_COLOR in colors.values():
-        entries.append(("other", OTHER_COLOR))
+    entries = [(name, color) for name, color in colors.items() if color != OTHER]
+    if OTHER in colors.values():
+        entries.append(("other", OTHER))
     spans = [span for of_lane in lanes.values() for span in of_lane]
     cohorts = sorted({span.args["cohort"] for span in spans if "cohort" in span.args})
     # More cohorts than colours are not worth a legend: the stripes still show where one goes.
@@ -184,8 +161,7 @@ def _legend(
         width = 26 + LETTER * len(name)
         if x + width > WIDTH:
             x, top = float(LEFT), top + LEGEND
-        lines.append(f'<rect x="{x:.1f}" y="{top - 9}" width="10" height="10" fill="{color}"/>')
-        lines.append(_text(x + 14, top, name, ""))
+        lines += [rect(x, top - 9, 10, 10, color), text(x + 14, top, name)]
         x += width
     return lines, top + LEGEND / 2
 
@@ -198,22 +174,12 @@ def _colors_by_name(lanes: dict[str, list[Span]]) -> dict[str, str]:
             sec = span.end_sec - span.start_sec
             sec_by_name[span.name] = sec_by_name.get(span.name, 0.0) + sec
     names = sorted(sec_by_name, key=lambda name: -sec_by_name[name])
-    named = dict(zip(names, BAR_COLORS, strict=False))
-    return {name: named.get(name, OTHER_COLOR) for name in names}
+    named = dict(zip(names, LIGHT, strict=False))
+    return {name: named.get(name, OTHER) for name in names}
 
 
 def _cohort_color(cohort: int) -> str:
     return COHORT_COLORS[cohort % len(COHORT_COLORS)]
-
-
-def _round_step(at_least: float) -> float:
-    """Return the next of 1, 2, 5, 10, 20, ..."""
-    power = 10.0 ** math.floor(math.log10(at_least))
-    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= at_least)
-
-
-def _text(x: float, y: float, text: str, attributes: str) -> str:
-    return f'<text x="{x:.2f}" y="{y:.2f}" {attributes}>{escape(text)}</text>'
 
 
 def plot(trace: Path, from_sec: float | None, to_sec: float | None) -> str:

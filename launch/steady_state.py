@@ -1,34 +1,19 @@
 """A look at a steady state: both lanes full, nobody ends, nobody moves.
 
 Owns how a loop is brought there and between which moments it is looked at, over any backend and on
-its clock, so that what is measured and what is predicted are looked at alike. Strategies go by a
-name and perhaps a number: `staggered_4` has 4 cohorts, `passes_3` up to 3 passes a sweep.
+its clock, so that what is measured and what is predicted are looked at alike.
 """
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from apex_jax.config import STRATEGIES, SchedulerConfig
 from apex_jax.dispatch import DispatchStats
 from apex_jax.policies import Action, CohortView, Load, Policy
 from apex_jax.request import Request
 from apex_jax.sweep_loop import SweepLoop
 
 MAX_IDLE_SWEEPS = 16  # without a prompt's progress, before filling is given up
-
-
-def settings_of(name: str, max_host_requests: int) -> SchedulerConfig:
-    """Return the settings that a strategy's name stands for; ValueError where it means nothing."""
-    match = re.fullmatch(r"(.*?)(?:_(\d+))?", name)
-    assert match is not None
-    strategy, number = match[1], match[2]
-    numbered = {"staggered": "cohorts", "passes": "passes"}
-    if strategy not in STRATEGIES or (number is not None and strategy not in numbered):
-        raise ValueError(f"no strategy is called {name!r}; there are {', '.join(STRATEGIES)}")
-    given = {} if number is None else {numbered[strategy]: int(number)}
-    return SchedulerConfig(strategy=strategy, max_host_requests=max_host_requests, **given)
 
 
 class Steered:

@@ -1,11 +1,12 @@
-"""Lengths of requests, drawn: uniform ones, or as a published trace has them.
+"""Lengths of requests, drawn: alike, uniform, or as a published trace or its means have them.
 
-Owns the sampling; the traces' quantiles are in configs/workload_quantiles.json, with who published
-them. Prompt and output are drawn independently, for in those traces they hardly correlate. Called
-by the simulate scripts. Imports no jax.
+Owns the sampling, of arrivals too; the traces' quantiles are in configs/workload_quantiles.json,
+with who published them. Prompt and output are drawn independently, for in those traces they hardly
+correlate. Called by the simulate scripts and make_workload. Imports no jax.
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -60,6 +61,31 @@ def draw_uniform(lengths: Lengths, num_requests: int, max_tokens: int, rng: rand
         return max(1, round(tokens * rng.uniform(1 - UNIFORM_SHARE, 1 + UNIFORM_SHARE)))
 
     return _draw(lambda: Lengths(*map(near, lengths)), num_requests, max_tokens)
+
+
+def draw_constant(lengths: Lengths, num_requests: int, max_tokens: int) -> Drawn:
+    """Return requests that are all alike."""
+    return _draw(lambda: lengths, num_requests, max_tokens)
+
+
+def draw_log_normal(
+    means: tuple[float, float], num_requests: int, max_tokens: int, rng: random.Random
+) -> Drawn:
+    """Draw prompt and output from log-normal distributions of these means.
+
+    Their standard deviation is taken to be as large as the mean, since only means are known.
+    """
+    sigma = math.sqrt(math.log(2))  # of the logarithm, so that deviation and mean are equal
+
+    def near(mean: float) -> int:
+        return max(1, round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)))
+
+    return _draw(lambda: Lengths(*map(near, means)), num_requests, max_tokens)
+
+
+def burst_arrivals(num_requests: int, rate: float, burst_size: int) -> list[float]:
+    """Return ascending times of arrivals in bursts of so many, `rate` a second on average."""
+    return [number // burst_size * burst_size / rate for number in range(num_requests)]
 
 
 def poisson_arrivals(num_requests: int, rate: float, rng: random.Random) -> list[float]:

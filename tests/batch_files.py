@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -11,6 +12,15 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from apex_jax.batch.job import JobOptions, run_job
 from apex_jax.config import Config
+
+BAD_LINES = [
+    "not json\n",
+    {"custom_id": "bad", "prompt_token_ids": [1], "best_of": 2},
+    {"prompt_token_ids": [1]},
+    {"custom_id": "long", "prompt_token_ids": [1] * 500},
+    {"custom_id": "r3", "prompt_token_ids": [1]},
+    {"custom_id": "text", "prompt": "no tokenizer here"},
+]
 
 
 def make_config(folder: Path, **sampling) -> Config:
@@ -38,6 +48,10 @@ def write_lines(path: Path, items) -> Path:
         "".join(one if isinstance(one, str) else json.dumps(one) + "\n" for one in items)
     )
     return path
+
+
+def write_input(job: "Job", count: int = 30, extra: Iterable[str | dict] = ()) -> None:
+    write_lines(job.input, [*(request_line(number) for number in range(count)), *extra])
 
 
 def read_output(path: Path) -> list[dict]:

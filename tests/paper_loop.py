@@ -12,6 +12,7 @@ from apex_jax.scheduler import Scheduler
 
 PAGE_SIZE = 8
 EOS = frozenset({3})
+SHARED = [1 + index * 7 % 47 for index in range(24)]  # three pages with which prompts may begin
 NUM_LAYERS, LAYERS_PER_PROGRAM = 6, 3
 
 
@@ -35,6 +36,7 @@ class Loop:
         max_cohort_rows=4,
         num_layers=NUM_LAYERS,
         layers_per_program=LAYERS_PER_PROGRAM,
+        reuses_prefixes=False,
     ):
         self.num_pages = num_pages
         policy = DeviceOnly() if policy is None else policy
@@ -60,6 +62,7 @@ class Loop:
             policy=policy,
             num_host_pages=num_host_pages,
             max_host_requests=max_host_requests,
+            reuses_prefixes=reuses_prefixes,
         )
         self.backend = PaperBackend(
             num_layers=num_layers,

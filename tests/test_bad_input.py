@@ -60,6 +60,8 @@ BAD_LINES = {
     "twice": b'{"custom_id": "bad", "seed": 1, "seed": 2}\n',
     "type": {"prompt": "x", "max_tokens": "5"},
     "range": {"prompt": "x", "top_p": 2.0},
+    "choices": {"prompt": "x", "n": 0},
+    "best_of": {"prompt": "x", "best_of": 3},
     "unknown": {"prompt": "x", "max_tokes": 5},
     "unserved": {"prompt": "x", "stream": True},
     "nameless": b'{"prompt": "x"}\n',

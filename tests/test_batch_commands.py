@@ -170,7 +170,7 @@ def test_statuses_overrides_and_metrics(command):
     done = command.run(
         "--config.sampling.max_tokens=3",
         "--config.sampling.temperature=0.5",
-        "--config.cache.device_bytes=1000",
+        "--config.cache.device_bytes=1.5KiB",
         f"--metrics={metrics}",
         "--ordered",
     )
@@ -238,6 +238,8 @@ def test_flags_that_are_wrong(command):
         ([*files, "--config.zzz=1"], "--config.zzz: there is no such setting; known are model"),
         ([*files, "--config.sampling.max_tokens=abc"], "--config.sampling.max_tokens=abc: invalid"),
         ([*files, "--config.sampling=3"], 'Unable to parse value "3"'),
+        ([*files, "--config.cache.device_bytes=3G"], "--config.cache.device_bytes is '3G'; it"),
+        ([*files, "-config.cache.host_bytes", "much"], "--config.cache.host_bytes is 'much'; it"),
         ([*files, "--config.model.architecture.num_layers=3"], '"architecture" is None'),
         ([*files, "--overwrit"], "Unknown command line flag 'overwrit'. Did you mean: overwrite"),
         ([*files, "extra"], "'extra' is no flag"),

@@ -74,6 +74,7 @@ def test_both_formats_say_the_same():
         "bad_words": ["no", [3, 4]],
         "logprobs": 5,
         "prompt_logprobs": 0,
+        "n": 4,
     }
     one, two = parse(plain(**fields)), parse(openai(**fields))
     assert (one.model, two.model) == (None, "m")
@@ -96,6 +97,7 @@ def test_both_formats_say_the_same():
         bad_words=("no", (3, 4)),
         logprobs=5,
         prompt_logprobs=0,
+        n=4,
         stop=("x", "yy"),
         include_stop_str_in_output=True,
     )
@@ -109,6 +111,17 @@ def test_defaults_and_nulls():
     assert parse(nulls, defaults) == one
     seed = derive_seed(1, "a")
     assert one.sampling == SamplingParams(7, 0.25, 3, 0.5, seed)
+    modifiers = {
+        "min_p": 0.5,
+        "min_tokens": 2,
+        "presence_penalty": 1.0,
+        "frequency_penalty": -1.0,
+        "repetition_penalty": 2.0,
+    }
+    modified = parse(plain(max_tokens=3), SamplingDefaults(**modifiers))
+    assert modified == parse(plain(max_tokens=3, **modifiers))
+    assert modified.sampling.repetition_penalty == 2.0
+    assert parse(plain(min_p=0.0), SamplingDefaults(min_p=0.5)).sampling.min_p == 0.0
 
 
 @pytest.mark.parametrize(
@@ -215,7 +228,7 @@ def test_both_formats_of_a_chat_say_the_same():
         (chat({"role": "user", "content": "", "name": 3}), "messages[0].name is 3; it must be a"),
         (chat(tools=[{}]), "tools is an array of 1, which this version does not do"),
         (chat(response_format={"type": "json_object"}), "response_format is an object of 1 fields"),
-        (chat(n=2), "n is 2, which this version does not do"),
+        (chat(n=200), "n is 200; it must be between 1 and 128"),
         (chat(chat_template_kwargs=[]), "chat_template_kwargs is an array of 0; it must be an"),
         (chat(chat_template_kwargs={"tools": 1}), "chat_template_kwargs may not set tools"),
         (
@@ -315,9 +328,11 @@ def test_prompt_forms(prompt, expected):
         ({"stop_token_ids": 3}, "stop_token_ids is 3; it must be an array of token ids"),
         ({"stop_token_ids": [2**40]}, "stop_token_ids[0] is 1099511627776, which is no token id"),
         ({"ignore_eos": 1}, "ignore_eos is 1; it must be true or false"),
-        ({"n": 2}, "n is 2, which this version does not do: repeat the line"),
-        ({"n": True}, "n is true, which this version does not do"),
-        ({"best_of": 3}, "best_of is 3, which this version does not do"),
+        ({"n": 0}, "n is 0; it must be between 1 and 128"),
+        ({"n": 129}, "n is 129; it must be between 1 and 128"),
+        ({"n": True}, "n is true; it must be an integer"),
+        ({"n": 2.0}, "n is 2.0; it must be an integer"),
+        ({"best_of": 3}, "best_of is 3, which this version does not do: n gives all of them"),
         ({"stream": True}, "stream is true, which this version does not do"),
         ({"stop": 3}, "stop is 3; it must be a string or an array of strings"),
         ({"stop": ""}, "stop is empty"),
@@ -409,7 +424,7 @@ def test_what_is_no_request_at_all(data, message):
 
 
 def test_bad_line_keeps_its_id_where_it_has_one():
-    assert parse(plain(n=2)).custom_id == "a"
+    assert parse(plain(n=0)).custom_id == "a"
     assert parse({"prompt": "x"}).custom_id is None
 
 
@@ -449,6 +464,11 @@ def test_long_lines_are_not_held(monkeypatch):
         ("top_p", 2.0, "above 0 and at most 1"),
         ("top_p", float("nan"), "above 0 and at most 1"),
         ("seed", 2**64, "a 64-bit integer"),
+        ("min_p", 1.5, "between 0 and 1"),
+        ("min_tokens", 17, "between 0 and max_tokens, which is 16"),
+        ("presence_penalty", 3.0, "between -2 and 2"),
+        ("frequency_penalty", 3.0, "between -2 and 2"),
+        ("repetition_penalty", 0.0, "between 0.01 and 100 (1 is off)"),
     ],
 )
 def test_defaults_out_of_range_are_refused(name, value, right):

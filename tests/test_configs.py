@@ -21,6 +21,7 @@ from apex_jax.config import (
     validate,
 )
 from apex_jax.models.hf_config import read_model_folder
+from apex_jax.settings import read_size
 
 # How ml_collections 1.1 runs a config file; it works up to Python 3.14.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -236,6 +237,28 @@ def test_nested_architecture_can_be_dropped():
 def test_a_value_of_the_wrong_type_is_refused():
     with pytest.raises(flags.IllegalFlagValueError, match="invalid literal for int"):
         from_flags("default", "--config.cache.device_bytes=abc")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("5", 5),
+        ("7B", 7),
+        ("3GiB", 3 * 2**30),
+        ("512 mib", 512 * 2**20),
+        ("1.5GB", 1_500_000_000),
+        ("0.25KiB", 256),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, num_bytes):
+    assert read_size("x", text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "3G", "1.5", "0.5B", "-1GiB", "3 4", "1e9", "3GiBs"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match=f"x is {text!r}; it must be .* such as 3GiB, 512MiB or"):
+        read_size("x", text)
 
 
 def test_an_unknown_field_is_refused():

@@ -18,6 +18,7 @@ import pytest
 from apex_jax.config import ConfigError
 from apex_jax.models import orbax_store, weights
 from apex_jax.models.hf_config import read_model_folder
+from apex_jax.models.model_files import fingerprint
 from launch import convert_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,10 +101,10 @@ def test_tokenizer_is_copied_and_nothing_else(tmp_path):
 
 def test_fingerprint_is_the_same_for_a_copy_elsewhere(converted, tmp_path):
     folder = converted["mha_untied"]
-    right = weights.fingerprint(folder)
+    right = fingerprint(folder)
     shutil.copytree(folder, tmp_path / "copy")
-    assert weights.fingerprint(tmp_path / "copy") == right
-    assert weights.fingerprint(converted["mqa_bfloat16"]) != right
+    assert fingerprint(tmp_path / "copy") == right
+    assert fingerprint(converted["mqa_bfloat16"]) != right
 
 
 class TestRefusedConversions:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paper_backend import VOCAB_SIZE, Pace
-from paper_loop import PAGE_SIZE, Loop, check, make_request, make_watched_request
+from paper_loop import PAGE_SIZE, SHARED, Loop, check, make_request, make_watched_request
 
 from apex_jax.buckets import HostLimits, choose
 from apex_jax.cost_model import StageTimes
@@ -38,7 +38,11 @@ POLICIES = {
 }
 
 requests = st.tuples(
-    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=40),
+    st.builds(
+        lambda num_shared, rest: SHARED[:num_shared] + rest,
+        st.sampled_from([0, 0, 15, 16, 24]),
+        st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=24),
+    ),
     st.integers(1, 24),
     st.booleans(),
 )
@@ -63,11 +67,21 @@ def submit(loop, drawn):
     st.integers(1, 5),
     st.integers(1, 9),
     st.integers(1, 6),
+    st.booleans(),
     st.sampled_from(Pace),
     st.integers(0, 2**32),
 )
 def test_tokens_do_not_depend_on_strategy_or_pace(
-    name, drawn, num_pages, num_host_pages, max_requests, max_host_requests, rows, pace, seed
+    name,
+    drawn,
+    num_pages,
+    num_host_pages,
+    max_requests,
+    max_host_requests,
+    rows,
+    reuses_prefixes,
+    pace,
+    seed,
 ):
     loop = Loop(
         num_pages=num_pages,
@@ -76,6 +90,7 @@ def test_tokens_do_not_depend_on_strategy_or_pace(
         max_host_requests=max_host_requests,
         max_cohort_rows=rows,
         policy=POLICIES[name],
+        reuses_prefixes=reuses_prefixes,
         pace=pace,
         seed=seed,
     )
@@ -95,10 +110,21 @@ class TwoLanes(RuleBasedStateMachine):
         num_host_pages=st.integers(4, 20),
         max_requests=st.integers(1, 4),
         max_host_requests=st.integers(1, 6),
+        reuses_prefixes=st.booleans(),
         pace=st.sampled_from(Pace),
         seed=st.integers(0, 2**32),
     )
-    def start(self, name, num_pages, num_host_pages, max_requests, max_host_requests, pace, seed):
+    def start(
+        self,
+        name,
+        num_pages,
+        num_host_pages,
+        max_requests,
+        max_host_requests,
+        reuses_prefixes,
+        pace,
+        seed,
+    ):
         self.max_requests, self.max_host_requests = max_requests, max_host_requests
         self.loop = Loop(
             num_pages=num_pages,
@@ -106,6 +132,7 @@ class TwoLanes(RuleBasedStateMachine):
             max_requests=max_requests,
             max_host_requests=max_host_requests,
             policy=POLICIES[name],
+            reuses_prefixes=reuses_prefixes,
             pace=pace,
             seed=seed,
         )

@@ -80,6 +80,24 @@ def test_results_are_in_the_order_of_their_prompts(llm):
         assert result.error is None
 
 
+def test_several_outputs_of_a_prompt(llm):
+    params = dataclasses.replace(GREEDY, seed=7)
+    alone, several = llm.generate(["hi"] * 2, [params, dataclasses.replace(params, n=3)])
+    assert several.outputs[0] == alone.outputs[0]
+    assert several.details.request == dataclasses.replace(alone.details.request, request_id="1")
+    assert len({output.token_ids for output in several.outputs}) == 3
+    (again,) = llm.generate("hi", dataclasses.replace(params, n=3))
+    assert again.outputs == several.outputs
+
+
+def test_outputs_of_a_prompt_are_dropped_together(llm, engines):
+    stream = llm.stream(["a"] * 3, dataclasses.replace(GREEDY, n=20))
+    assert len(next(stream).outputs) == 20
+    stream.close()
+    assert engines.last.num_unfinished == 0
+    assert len(llm.generate("b")) == 1
+
+
 def test_one_prompt_and_one_conversation(llm):
     (said,) = llm.generate("hi", GREEDY)
     conversation = [{"role": "user", "content": "hi"}]
@@ -127,9 +145,10 @@ def test_results_can_be_pickled(llm):
 
 
 def test_defaults_come_from_the_settings(engines, folder):
-    with LLM(folder, sampling={"max_tokens": 3, "top_k": 7, "seed": 9}) as llm:
+    settings = {"max_tokens": 3, "top_k": 7, "seed": 9, "repetition_penalty": 1.5}
+    with LLM(folder, sampling=settings) as llm:
         first, second = (one.details.request.sampling for one in llm.generate(["a", "b"]))
-    assert (first.max_tokens, first.top_k, first.seed) == (3, 7, 9)
+    assert (first.max_tokens, first.top_k, first.seed, first.repetition_penalty) == (3, 7, 9, 1.5)
     assert second.seed not in (0, 9)
 
 
@@ -213,6 +232,7 @@ def test_settings_are_checked_by_name_and_type(engines, folder):
         ({"scheduler": {"max_requests": "4"}}, "scheduler.max_requests is '4'; it must be int"),
         ({"scheduler": {"max_requests": True}}, "scheduler.max_requests is True; it must be int"),
         ({"cache": {"host_bytes": 0.5}}, "cache.host_bytes is 0.5; it must be int or None"),
+        ({"cache": {"host_bytes": "3G"}}, "cache.host_bytes is '3G'; it must be a whole number"),
         ({"scheduler": 3}, "scheduler is 3; it must be a mapping of settings or a SchedulerConfig"),
         ({"sampling": {"top_p": 2.0}}, "--config.sampling.top_p is 2.0; it must be above 0"),
     ):
@@ -231,6 +251,7 @@ def test_settings_may_be_sections_and_start_from_a_config():
     assert changed.scheduler == section
     assert changed.scheduler is not section
     assert changed.cache.device_fraction == 1
+    assert with_settings(config, {"cache": {"host_bytes": "2 GiB"}}).cache.host_bytes == 2**31
     assert config == Config()
 
 

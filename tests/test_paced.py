@@ -309,4 +309,4 @@ def test_what_cannot_be_had_is_refused():
     config.cache.host_bytes = None
     config.scheduler.max_host_requests = 4096
     with pytest.raises(ConfigError, match=r"host's KV cache would take .* 90% may be taken; lower"):
-        PacedPlan.create(config)
+        PacedPlan.create(config).check_host_memory()

@@ -11,7 +11,7 @@ import pytest
 
 from apex_jax.timeline import Timeline
 from apex_jax.trace import TraceFile
-from launch import plot_timeline
+from launch.drawing import round_step
 from launch.plot_timeline import COHORT_COLORS, LEFT, RIGHT, WIDTH, plot
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def test_times_that_are_wrong(trace, times, message):
 
 @pytest.mark.parametrize("seconds", [1e-7, 3e-5, 0.01, 0.7, 86400.0])
 def test_ticks_are_round_and_few(seconds):
-    step_ms = plot_timeline._round_step(100 * seconds)
+    step_ms = round_step(100 * seconds)
     assert re.fullmatch(r"[125]e[+-]\d\d", f"{step_ms:.0e}")
     assert 3 <= 1e3 * seconds / step_ms <= 10 + 1e-9
 

@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paper_backend import VOCAB_SIZE, Pace, expected_output
-from paper_loop import EOS, Loop, check, make_request, make_watched_request
+from paper_loop import EOS, SHARED, Loop, check, make_request, make_watched_request
 
 from apex_jax.request import FinishReason, RequestError, SamplingParams
 
 requests = st.builds(
-    lambda prompt, max_tokens, ignore_eos, stops: (prompt, max_tokens, ignore_eos, stops),
-    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=40),
+    lambda num_shared, rest, *others: (SHARED[:num_shared] + rest, *others),
+    st.sampled_from([0, 0, 15, 16, 24]),
+    st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=24),
     st.integers(1, 24),
     st.booleans(),
     st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=2),
@@ -27,15 +28,17 @@ requests = st.builds(
     st.integers(8, 24),
     st.integers(1, 9),
     st.sampled_from([16, 64]),
+    st.booleans(),
     st.sampled_from(Pace),
 )
 def test_tokens_do_not_depend_on_pool_rows_or_chunks(
-    drawn, num_pages, max_requests, max_prefill_tokens, pace
+    drawn, num_pages, max_requests, max_prefill_tokens, reuses_prefixes, pace
 ):
     loop = Loop(
         num_pages=num_pages,
         max_requests=max_requests,
         max_prefill_tokens=max_prefill_tokens,
+        reuses_prefixes=reuses_prefixes,
         pace=pace,
     )
     for index, (prompt, max_tokens, ignore_eos, stops) in enumerate(drawn):
@@ -57,9 +60,13 @@ def test_tokens_do_not_depend_on_pool_rows_or_chunks(
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests arrive at any time; nothing is lost, owned twice or over budget."""
 
-    @initialize(num_pages=st.integers(4, 12), max_requests=st.integers(1, 6))
-    def start(self, num_pages, max_requests):
-        self.loop = Loop(num_pages=num_pages, max_requests=max_requests)
+    @initialize(
+        num_pages=st.integers(4, 12), max_requests=st.integers(1, 6), reuses_prefixes=st.booleans()
+    )
+    def start(self, num_pages, max_requests, reuses_prefixes):
+        self.loop = Loop(
+            num_pages=num_pages, max_requests=max_requests, reuses_prefixes=reuses_prefixes
+        )
         self.names = []
 
     @rule(drawn=requests)
@@ -150,6 +157,12 @@ def test_stop_strings_need_a_watcher():
     loop = Loop(num_pages=8, max_requests=4)
     with pytest.raises(RequestError, match="stop is given, and the request has no is_last"):
         loop.submit(make_request("0", [5], 4, stop=("x",)))
+
+
+def test_one_request_has_one_output():
+    loop = Loop(num_pages=8, max_requests=4)
+    with pytest.raises(RequestError, match="n is 2: the engine takes one request for each output"):
+        loop.submit(make_request("0", [5], 4, n=2))
 
 
 def test_requests_finish_first_come_first_served():

@@ -11,7 +11,8 @@ from apex_jax.dispatch import StuckError
 from apex_jax.paced_engine import PacedPlan
 from apex_jax.policies import DeviceOnly, Merging
 from apex_jax.request import Request, SamplingParams
-from launch.steady_state import SteadyRun, Steered, settings_of
+from launch.steady_state import SteadyRun, Steered
+from launch.strategy_names import settings_of
 
 pytestmark = pytest.mark.usefixtures("without_annotations_checked")
 
@@ -104,7 +105,8 @@ def test_a_loop_in_which_nothing_can_start_says_so():
     ],
 )
 def test_names_of_strategies(name, settings):
-    assert settings_of(name, 9) == dataclasses.replace(settings, max_host_requests=9)
+    base = SchedulerConfig(max_host_requests=9)
+    assert settings_of(name, base) == dataclasses.replace(settings, max_host_requests=9)
 
 
 @pytest.mark.parametrize("name", ["vllm", "device_only_2", "staggered_x", ""])
@@ -112,4 +114,4 @@ def test_names_that_mean_nothing_are_refused(name):
     with pytest.raises(
         ValueError, match=f"no strategy is called '{name}'; there are .*device_only"
     ):
-        settings_of(name, 9)
+        settings_of(name, SchedulerConfig())

@@ -19,6 +19,7 @@ from safetensors.flax import load_file, save_file
 from apex_jax.config import ConfigError, LlamaConfig, RopeConfig
 from apex_jax.models import safetensors_store, weights
 from apex_jax.models.hf_config import read_model_folder
+from apex_jax.models.model_files import fingerprint
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -368,45 +369,45 @@ class TestDummy:
 class TestFingerprint:
     def test_is_the_same_for_a_copy_elsewhere(self, copy):
         for name in ("mha_untied", "gqa_tied_sharded"):
-            right = weights.fingerprint(GOLDEN / name)
+            right = fingerprint(GOLDEN / name)
             assert re.fullmatch("[0-9a-f]{16}", right)
-            assert weights.fingerprint(copy(name)) == right
+            assert fingerprint(copy(name)) == right
 
     def test_tells_models_apart(self):
-        assert len({weights.fingerprint(GOLDEN / name) for name in VARIANTS}) == len(VARIANTS)
+        assert len({fingerprint(GOLDEN / name) for name in VARIANTS}) == len(VARIANTS)
 
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
     def test_changes_with_what_changes_the_output(self, copy, name):
         folder = copy()
-        before = weights.fingerprint(folder)
+        before = fingerprint(folder)
         path = folder / name
         content = bytearray(path.read_bytes()) if path.exists() else bytearray(b"{}")
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        assert weights.fingerprint(folder) != before
+        assert fingerprint(folder) != before
 
     def test_ignores_other_files(self, copy):
         folder = copy()
-        before = weights.fingerprint(folder)
+        before = fingerprint(folder)
         (folder / "README.md").write_text("hello")
-        assert weights.fingerprint(folder) == before
+        assert fingerprint(folder) == before
 
     def test_samples_the_whole_of_a_large_file(self, copy):
         folder = copy()
         path = folder / "model.safetensors"
         content = bytearray(8 << 20)
         path.write_bytes(content)
-        before = weights.fingerprint(folder)
+        before = fingerprint(folder)
         for start in range(1 << 20, 8 << 20, 1 << 20):
             content[start : start + (256 << 10)] = b"\1" * (256 << 10)
             path.write_bytes(content)
-            after = weights.fingerprint(folder)
+            after = fingerprint(folder)
             assert after != before
             before = after
 
     def test_needs_weights(self, tmp_path):
         with refuses("holds no weights"):
-            weights.fingerprint(tmp_path)
+            fingerprint(tmp_path)
 
 
 def test_orbax_is_not_imported_until_a_folder_needs_it():

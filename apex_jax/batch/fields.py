@@ -27,7 +27,6 @@ IGNORED_FIELDS = (
 
 # Known elsewhere, not served here: accepted only as null or as the value that asks for nothing.
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "stream": (False,),
     "stream_options": (),
@@ -46,8 +45,7 @@ BODY_FIELDS = (
 )
 
 _REMEDIES: Mapping[str, str] = {
-    "n": "repeat the line under other custom_ids",
-    "best_of": "repeat the line under other custom_ids",
+    "best_of": "n gives all of them",
     "messages": "/v1/chat/completions takes it",
     "prompt": "/v1/chat/completions takes messages",
     "prompt_token_ids": "/v1/chat/completions takes messages",

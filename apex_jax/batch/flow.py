@@ -1,7 +1,8 @@
 """Requests on their way through an engine: text in front, text behind, a queue that stays short.
 
-Owns which requests are in flight, each with a tag of its sender. Called by the batch job's loop and
-by LLM, which differ in where requests come from and where results go.
+Owns which requests are in flight, each with a tag of its sender, and how one that wants several
+outputs becomes one of the engine's for each. Called by the batch job's loop and by LLM, which
+differ in where requests come from and where results go.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from apex_jax.batch.bad_words import resolve_bad_words
+from apex_jax.batch.lines import derive_seed
 from apex_jax.batch.protocol import BatchEngine
 from apex_jax.request import FinishReason, Request, RequestOutput, SamplingParams
 from apex_jax.text.detokenizer import decode_output
@@ -20,21 +22,40 @@ Tag = TypeVar("Tag")
 
 
 @dataclass(frozen=True)
-class Finished(Generic[Tag]):
-    """A request's result. text: None without a tokenizer.
+class Choice:
+    """One output of a request. text: None without a tokenizer.
 
     stop_reason: the stop string or the token of stop_token_ids that ended it, if one did.
     """
 
-    tag: Tag
     output: RequestOutput
     text: str | None
     stop_reason: str | int | None
 
 
 @dataclass(frozen=True)
-class _InFlight(Generic[Tag]):
+class Finished(Generic[Tag]):
+    """A request's result: as many choices as it asked for."""
+
     tag: Tag
+    choices: tuple[Choice, ...]
+
+
+@dataclass(frozen=True)
+class _Group(Generic[Tag]):
+    """A request on its way. choices: those that are finished, by their index."""
+
+    tag: Tag
+    num_choices: int
+    choices: dict[int, Choice]
+
+
+@dataclass(frozen=True)
+class _InFlight(Generic[Tag]):
+    """One choice on its way."""
+
+    group: _Group[Tag]
+    index: int
     watched: OutputText | None
 
 
@@ -55,22 +76,39 @@ class RequestFlow(Generic[Tag]):
 
     @property
     def num_in_flight(self) -> int:
+        """Outputs that are under way."""
         return len(self._in_flight)
 
     def submit(self, request_id: str, prompt: Prompt, sampling: SamplingParams, tag: Tag) -> None:
-        """Send a request on its way. Raises RequestError where it can never run."""
+        """Send a request on its way. Raises RequestError where it can never run.
+
+        Its first choice is what it would get alone; only that one tells of the prompt's logprobs.
+        """
         token_ids = self._text.encode(prompt)
         tokenizer = self._text.tokenizer
         encode = None if tokenizer is None else partial(tokenizer.encode, add_special_tokens=False)
         sampling = resolve_bad_words(sampling, encode)
-        watched = self._text.watch(token_ids, sampling)
-        is_last = None if watched is None else watched.push
-        self._engine.submit(Request(request_id, token_ids, sampling, is_last))
-        self._in_flight[request_id] = _InFlight(tag, watched)
+        group = _Group(tag, sampling.n, {})
+        for index in range(sampling.n):
+            watched = self._text.watch(token_ids, sampling)
+            is_last = None if watched is None else watched.push
+            name = self._free_name(f"{request_id}#{index}" if index else request_id)
+            # If the engine refuses any of them it is the first: they differ in their seeds only.
+            params = _sampling_of(sampling, index)
+            self._engine.submit(Request(name, token_ids, params, is_last))
+            self._in_flight[name] = _InFlight(group, index, watched)
 
     def step(self) -> list[Finished[Tag]]:
         """Run one sweep; return what is finished."""
-        return [self._finish(output) for output in self._engine.step()]
+        finished: list[Finished[Tag]] = []
+        for output in self._engine.step():
+            flight = self._in_flight.pop(output.request.request_id)
+            group = flight.group
+            group.choices[flight.index] = self._to_choice(output, flight.watched)
+            if len(group.choices) == group.num_choices:
+                choices = tuple(group.choices[index] for index in range(group.num_choices))
+                finished.append(Finished(group.tag, choices))
+        return finished
 
     def cancel_all(self) -> None:
         """Drop what is under way, without results."""
@@ -78,9 +116,14 @@ class RequestFlow(Generic[Tag]):
             self._engine.cancel(request_id)
         self._in_flight.clear()
 
-    def _finish(self, output: RequestOutput) -> Finished[Tag]:
-        flight = self._in_flight.pop(output.request.request_id)
-        sampling, watched = output.request.sampling, flight.watched
+    def _free_name(self, name: str) -> str:
+        """Return a name that nobody in flight has: any text may be a request's."""
+        while name in self._in_flight:
+            name += "#"
+        return name
+
+    def _to_choice(self, output: RequestOutput, watched: OutputText | None) -> Choice:
+        sampling = output.request.sampling
         stop_reason: str | int | None = None
         if watched is not None:
             stop_reason = watched.stop_string
@@ -97,4 +140,12 @@ class RequestFlow(Generic[Tag]):
             text = decode_output(self._text.tokenizer, output.request.prompt_token_ids, shown)
         # Without its watcher a result can be pickled.
         request = dataclasses.replace(output.request, is_last=None)
-        return Finished(flight.tag, dataclasses.replace(output, request=request), text, stop_reason)
+        return Choice(dataclasses.replace(output, request=request), text, stop_reason)
+
+
+def _sampling_of(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Return the parameters of one choice of a request."""
+    if index == 0:
+        return dataclasses.replace(sampling, n=1)
+    seed = derive_seed(sampling.seed, f"choice {index}")
+    return dataclasses.replace(sampling, n=1, seed=seed, prompt_logprobs=None)

@@ -4,6 +4,7 @@ Owns the sidecar OUTPUT.job.json, which keeps that in plain text beside the outp
 that may not resume can say what differs. Where the sidecar is lost, the hash in each line decides.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -16,23 +17,36 @@ from apex_jax.batch.fields import is_object
 from apex_jax.batch.journal import OutputError, replacing
 from apex_jax.batch.lines import canonical_json
 from apex_jax.batch.protocol import BatchModel
-from apex_jax.config import Config
+from apex_jax.config import Config, ConfigError
+from apex_jax.models.model_files import fingerprint_of
 from apex_jax.text.model_text import ModelText
 
-FORMAT = 2  # of output lines; another one does not resume
+FORMAT = 3  # of output lines; another one does not resume
 
 Identity = Mapping[str, Any]
 
 
 def known_before_loading(config: Config, text: ModelText) -> dict[str, Any]:
-    """Return the part of the identity that needs no model: a mismatch in it costs no loading."""
-    template = text.chat_template
+    """Return the part of the identity that needs no engine: a mismatch in it costs no loading.
+
+    Of the model that leaves out a dtype that depends on the device, a shape that only its folder
+    says, and the fingerprint of a folder without weights, which the engine will refuse.
+    """
+    template, model = text.chat_template, config.model
+    known_of_model: dict[str, Any] = {"precision": model.precision}
+    if model.dtype != "auto":
+        known_of_model["dtype"] = model.dtype
+    if model.architecture is not None:
+        known_of_model["architecture"] = asdict(model.architecture)
+    with contextlib.suppress(ConfigError):
+        known_of_model["fingerprint"] = fingerprint_of(model)
     return {
         "format": FORMAT,
         "defaults": asdict(config.sampling),
         "tokenizer_sha256": None if text.tokenizer is None else text.tokenizer.sha256,
         "chat_template_sha256": None if template is None else template.sha256,
         "chat_time": None if template is None or template.time is None else str(template.time),
+        "model": known_of_model,
     }
 
 

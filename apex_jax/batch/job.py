@@ -34,8 +34,10 @@ from apex_jax.batch.progress import Progress, TextStream
 from apex_jax.batch.protocol import BatchEngine, CreateEngine
 from apex_jax.batch.resume import (
     JobRefusedError,
+    Progressed,
     check_identity,
     check_input,
+    is_known_to_be_same,
     keep_successes,
     put_in_order,
     read_finished,
@@ -114,7 +116,9 @@ class _Job:
             stack.callback(journal.close)
             text = self._load_text(journal)
             known = known_before_loading(self._config, text)
-            jobs = self._read_output(journal, known)
+            jobs, progressed = self._read_output(journal, known)
+            if progressed is not None and progressed.num_left == 0:
+                return self._close_finished(journal, progressed)
             trace = self._open_trace(stack)
             decisions = self._open_decisions(stack)
             started_sec = time.monotonic()
@@ -228,17 +232,23 @@ class _Job:
             raise ConfigError(f"--config.model.path is {path!r}; there is no such folder")
         return load_text(folder, None if self._options.overwrite else chat_time(journal.path))
 
-    def _read_output(self, journal: Journal, known: Mapping[str, Any]) -> set[str]:
-        """Learn what is finished; refuse what the input alone shows. Returns the job hashes."""
+    def _read_output(
+        self, journal: Journal, known: Mapping[str, Any]
+    ) -> tuple[set[str], Progressed | None]:
+        """Learn what is finished; refuse what the input alone shows.
+
+        Returns the job hashes, and how far the job is where that is certain before loading.
+        """
         options = self._options
         if options.overwrite:
-            return set()
+            return set(), None
         jobs = read_finished(journal, self._index, drop_failed=options.retry_failed)
         check_identity(journal.path, jobs, known, whole=False)
-        if jobs and stat.S_ISREG(options.input.stat().st_mode):
-            with _open_input(options.input) as file:
-                check_input(read_lines(file), self._config.sampling, journal, self._index)
-        return jobs
+        if not jobs or not stat.S_ISREG(options.input.stat().st_mode):
+            return jobs, None
+        with _open_input(options.input) as file:
+            progressed = check_input(read_lines(file), self._config.sampling, journal, self._index)
+        return jobs, progressed if is_known_to_be_same(journal.path, jobs, known) else None
 
     def _prepare_output(self, journal: Journal, identity: Mapping[str, Any]) -> None:
         """Drop what must go, and say beside the output whose it is."""
@@ -282,12 +292,35 @@ class _Job:
             return 128 + number
         if self._options.ordered and self._index.num_finished:
             put_in_order(journal, self._index)
-        num_stale = self._index.num_finished - statistics.num_skipped
+        return self._conclude(
+            journal, statistics.num_skipped, statistics.num_failed + self._index.num_failed
+        )
+
+    def _close_finished(self, journal: Journal, progressed: Progressed) -> int:
+        """Do what a job whose lines are all answered needs, which is no engine."""
+        self._interruption.defer()
+        self.has_begun = True
+        if self._options.retry_failed:
+            keep_successes(journal)
+        journal.start_appending()
+        if self._options.ordered:
+            put_in_order(journal, progressed.seen)
+        self._progress.message(
+            f"all {progressed.num_finished} requests are finished: the model is not loaded; the "
+            f"results are in {journal.path}"
+        )
+        return self._conclude(journal, progressed.num_finished, self._index.num_failed)
+
+    def _conclude(self, journal: Journal, num_skipped: int, num_failed: int) -> int:
+        """Say what else there is to know of a complete output; return the exit status.
+
+        num_skipped: lines of the input that were answered before. num_failed: error lines.
+        """
+        num_stale = self._index.num_finished - num_skipped
         if num_stale:
             self._progress.message(
                 f"note: {num_stale} results in {journal.path} belong to no line of the input"
             )
-        num_failed = statistics.num_failed + self._index.num_failed
         if num_failed:
             self._progress.message(
                 f"note: {num_failed} lines failed; each has a line in {journal.path} whose "
@@ -318,6 +351,7 @@ class _Job:
             "startup_sec": startup_sec,
             "compile_sec": measured.get("compile_sec"),
             "peak_bytes": measured.get("peak_bytes"),
+            "prefix_reuse": measured.get("prefix_reuse"),
             "hybrid": measured.get("hybrid"),
             "engine": measured,
             "job": {"model_name": engine.model.name, **identity},

@@ -42,6 +42,15 @@ from apex_jax.text.model_text import Prompt
 # A prompt of a million token ids takes about 7 MB. Longer lines are not held in memory at all.
 MAX_LINE_BYTES = 16 * 2**20
 
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
+
 COMPLETIONS_URL, CHAT_URL = "/v1/completions", "/v1/chat/completions"
 
 
@@ -236,23 +245,23 @@ def _parse_request(
         prompt = read_prompt(body)
     given = {f.name: body[f.name] for f in fields(SamplingParams) if body.get(f.name) is not None}
     values: dict[str, Any] = {
-        "max_tokens": defaults.max_tokens,
-        "temperature": float(defaults.temperature),
-        "top_k": defaults.top_k,
-        "top_p": float(defaults.top_p),
+        name: float(value) if name in _NUMBERS else value
+        for name, value in asdict(defaults).items()
+        if name != "seed"
     }
     for name, value in given.items():
         match name:
-            case "max_tokens" | "top_k" | "seed" | "min_tokens" | "logprobs" | "prompt_logprobs":
-                values[name] = read_int(name, value)
             case (
-                "temperature"
-                | "top_p"
-                | "min_p"
-                | "presence_penalty"
-                | "frequency_penalty"
-                | "repetition_penalty"
+                "n"
+                | "max_tokens"
+                | "top_k"
+                | "seed"
+                | "min_tokens"
+                | "logprobs"
+                | "prompt_logprobs"
             ):
+                values[name] = read_int(name, value)
+            case _ if name in _NUMBERS:
                 values[name] = read_number(name, value)
             case "logit_bias":
                 values[name] = read_logit_bias(name, value)

@@ -169,9 +169,11 @@ class JobLoop:
     def _deliver(self, finished: Finished[_Asked]) -> None:
         """Write the line of a finished request."""
         asked = finished.tag
-        logprobs = logprob_fields(
-            finished.output, self._token_texts, is_chat=isinstance(asked.request.prompt, Chat)
-        )
+        is_chat = isinstance(asked.request.prompt, Chat)
+        outputs = [choice.output for choice in finished.choices]
+        logprobs = [
+            logprob_fields(output, self._token_texts, is_chat=is_chat) for output in outputs
+        ]
         line = encode_result(
             asked.request,
             finished,
@@ -181,7 +183,7 @@ class JobLoop:
             time.time(),
         )
         self._write(asked.ticket, line)
-        self._statistics.add_result(finished.output, asked.num_bytes)
+        self._statistics.add_result(outputs, asked.num_bytes)
 
     def _fail(self, ticket: int, line: bytes, raw: RawLine) -> None:
         self._write(ticket, line)

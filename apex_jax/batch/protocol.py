@@ -29,11 +29,11 @@ class BatchEngine(Protocol):
     num_output_tokens: decoded so far, those of unfinished requests included.
     num_unfinished: submitted and not yet returned by `step`. num_waiting: those of them that are
     not yet admitted. `submit` raises RequestError for a request that can never run, `cancel` drops
-    one without a result and says whether it was there. `metrics`
-    has JSON values only; the summary shows, where present, `compile_sec` (float), `peak_bytes`
-    (bytes by tier) and `hybrid`, of an engine with a host lane: `num_merges`, `num_extra_passes`,
-    `num_late` and what overlap.Figures.to_json returns. `log_decisions` names who gets an entry for
-    each sweep, of an engine whose strategy chooses.
+    one without a result and says whether it was there. `metrics` has JSON values only; the summary
+    shows, where present, `compile_sec` (float), `peak_bytes` (bytes by tier), `prefix_reuse`
+    (`admitted_tokens`, `reused_tokens`, `hit_rate`) and `hybrid`, of an engine with a host lane:
+    `num_merges`, `num_extra_passes`, `num_late` and what overlap.Figures.to_json returns.
+    `log_decisions` names who gets an entry for each sweep, of an engine whose strategy chooses.
     """
 
     @property

@@ -6,11 +6,11 @@ Unicode line separators still finds one line each.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from apex_jax.batch.flow import Finished
+from apex_jax.batch.flow import Choice, Finished
 from apex_jax.batch.id_index import id_key, line_key
 from apex_jax.batch.lines import BadLine, BatchRequest
 from apex_jax.request import FinishReason
@@ -63,38 +63,31 @@ class FinishedLine:
 def encode_result(
     request: BatchRequest,
     finished: Finished[Any],
-    logprobs: Mapping[str, Any],
+    logprobs: Sequence[Mapping[str, Any]],
     model_name: str,
     job_sha256: str,
     created_sec: float,
 ) -> bytes:
     """Return the output line of a finished request; `text` is null where there is no tokenizer.
 
-    logprobs: the fields that say what it asks for of those.
+    logprobs: of each choice the fields that say what it asks for of those.
     """
-    output = finished.output
+    outputs = [choice.output for choice in finished.choices]
     name = hashlib.sha256(f"{request.custom_id}:{request.sha256}".encode()).hexdigest()[:24]
-    num_prompt, num_output = len(output.request.prompt_token_ids), len(output.token_ids)
-    if isinstance(request.prompt, Chat):
-        kind, prefix = "chat.completion", "chatcmpl"
-        answer = {"message": {"role": "assistant", "content": finished.text}}
-    else:
-        kind, prefix = "text_completion", "cmpl"
-        answer = {"text": finished.text}
+    num_prompt = len(outputs[0].request.prompt_token_ids)
+    num_output = sum(len(output.token_ids) for output in outputs)
+    is_chat = isinstance(request.prompt, Chat)
+    kind, prefix = ("chat.completion", "chatcmpl") if is_chat else ("text_completion", "cmpl")
     body = {
         "id": f"{prefix}-{name}",
         "object": kind,
         "created": int(created_sec),
         "model": model_name,
         "choices": [
-            {
-                "index": 0,
-                **answer,
-                "token_ids": list(output.token_ids),
-                "finish_reason": FinishReason(output.finish_reason).value,
-                "stop_reason": finished.stop_reason,
-                **logprobs,
-            }
+            {"index": index, **_choice_fields(choice, is_chat=is_chat), **of_choice}
+            for index, (choice, of_choice) in enumerate(
+                zip(finished.choices, logprobs, strict=True)
+            )
         ],
         "usage": {
             "prompt_tokens": num_prompt,
@@ -117,6 +110,16 @@ def encode_bad_line(bad: BadLine, job_sha256: str) -> bytes:
     origin = {"line": bad.line, "request_sha256": bad.sha256, "job_sha256": job_sha256}
     message = f"line {bad.line}: {bad.message}"
     return _encode(bad.custom_id, None, {"code": bad.code, "message": message}, origin)
+
+
+def _choice_fields(choice: Choice, *, is_chat: bool) -> dict[str, Any]:
+    said = {"message": {"role": "assistant", "content": choice.text}}
+    return {
+        **(said if is_chat else {"text": choice.text}),
+        "token_ids": list(choice.output.token_ids),
+        "finish_reason": FinishReason(choice.output.finish_reason).value,
+        "stop_reason": choice.stop_reason,
+    }
 
 
 def _origin(request: BatchRequest, job_sha256: str) -> dict[str, Any]:

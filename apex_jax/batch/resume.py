@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from apex_jax.batch.id_index import IdIndex, id_key, line_key
 from apex_jax.batch.identity import Identity, differences, hash_identity, read_sidecar
@@ -86,17 +87,46 @@ def check_identity(output: Path, jobs: Iterable[str], identity: Identity, *, who
         )
 
 
+def is_known_to_be_same(output: Path, jobs: Iterable[str], known: Identity) -> bool:
+    """Whether what is known before loading, and fits, tells that `output` is of this job.
+
+    It does where the sidecar is that of all lines, and nothing but a dtype that the device decides
+    remains to be compared.
+    """
+    old = read_sidecar(output)
+    return old is not None and set(jobs) == {hash_identity(old)} and "fingerprint" in known["model"]
+
+
+class Progressed(NamedTuple):
+    """How many lines of an input its output answers, and how many it does not.
+
+    seen: says at which line each request stands.
+    """
+
+    num_finished: int
+    num_left: int
+    seen: IdIndex
+
+
 def check_input(
     lines: Iterable[RawLine], defaults: SamplingDefaults, journal: Journal, index: IdIndex
-) -> None:
-    """Raise JobRefusedError at the first input line whose finished result is of another request."""
+) -> Progressed:
+    """Return how far a job is.
+
+    Raises JobRefusedError at the first input line whose finished result is of another request.
+    """
     seen = IdIndex()
+    num_finished = num_left = 0
     for raw in lines:
         entry = parse_line(raw, defaults)
         is_repeat = entry.custom_id is not None and (
             seen.see(id_key(entry.custom_id), raw.number) is not None
         )
-        check_line(raw, entry, is_repeat, journal, index)
+        if check_line(raw, entry, is_repeat, journal, index):
+            num_finished += 1
+        else:
+            num_left += 1
+    return Progressed(num_finished, num_left, seen)
 
 
 def check_line(

@@ -6,7 +6,7 @@ Reads no tensor. Called by the loaders, the converter and the journal of a job. 
 import hashlib
 from pathlib import Path
 
-from apex_jax.config import ConfigError
+from apex_jax.config import ConfigError, ModelConfig
 
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -45,6 +45,13 @@ def is_orbax(folder: Path) -> bool:
             f"{ORBAX_FOLDER}/ is there (pickled .bin files are not read; save them as safetensors)"
         )
     return has_orbax
+
+
+def fingerprint_of(model: ModelConfig) -> str:
+    """Return what changes with the weights that the settings ask for. Raises as `fingerprint`."""
+    if model.weights == "dummy" or not model.path:
+        return f"dummy-{model.seed}"
+    return fingerprint(Path(model.path).expanduser())
 
 
 def fingerprint(folder: Path) -> str:

@@ -20,9 +20,7 @@ from jaxtyping import Array, Float, UInt32
 from apex_jax.config import ConfigError, LlamaConfig
 from apex_jax.models import safetensors_store
 from apex_jax.models.llama import DecoderLayer, Llama, LlamaWeights, RMSNorm
-from apex_jax.models.model_files import ORBAX_FOLDER, fingerprint, is_orbax
-
-__all__ = ["abstract", "dummy", "fingerprint", "graphs", "layer_maker", "load", "to_module"]
+from apex_jax.models.model_files import ORBAX_FOLDER, is_orbax
 
 _DUMMY_STD = 0.02  # as models are initialised: activations grow slowly enough for float16
 
