@@ -33,7 +33,7 @@ from apex_jax.models.model_files import fingerprint_of
 from apex_jax.monitor import StageMonitor
 from apex_jax.ops import native_library
 from apex_jax.placement import format_size
-from apex_jax.profiler import Profiler
+from apex_jax.profiling.profiler import Profiler
 from apex_jax.programs import Programs
 from apex_jax.request import Request, RequestOutput
 from apex_jax.scheduler import Scheduler

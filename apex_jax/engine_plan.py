@@ -21,8 +21,8 @@ from apex_jax.models.hf_config import ModelFolder, read_model_folder
 from apex_jax.ops.native_library import HostOp
 from apex_jax.pages import num_pages_for
 from apex_jax.placement import choose_device, choose_dtype, describe_plan
-from apex_jax.profile_batches import Capacity
-from apex_jax.profile_table import make_key
+from apex_jax.profiling.batches import Capacity
+from apex_jax.profiling.table import make_key
 from apex_jax.programs import span_of_layers
 from apex_jax.strategies import cohort_rows
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from apex_jax.buckets import Buckets
 from apex_jax.cost_model import PromptWork
-from apex_jax.profile_table import Measurements, Shape
+from apex_jax.profiling.table import Measurements, Shape
 
 
 class Grid:

@@ -30,7 +30,7 @@ from apex_jax.memory import GIB
 from apex_jax.overlap import BusyMeter, Kind
 from apex_jax.pages import num_pages_for
 from apex_jax.policies import Policy
-from apex_jax.profile_table import measurements_to_json
+from apex_jax.profiling.table import measurements_to_json
 from apex_jax.request import Request, SamplingParams
 from launch.environment import environment
 from launch.measuring import ResultFile, Row

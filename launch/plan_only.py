@@ -85,7 +85,7 @@ def _plan_here(config: Config, job: Job) -> list[str]:
     prepare_jax(config)
     from apex_jax.engine_plan import EnginePlan  # imports jax
     from apex_jax.measured_times import MeasuredTimes
-    from apex_jax.profile_table import find_kept
+    from apex_jax.profiling.table import find_kept
 
     if not config.scheduler.has_host_lane:
         scheduler = dataclasses.replace(config.scheduler, strategy="apex")

@@ -15,7 +15,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from apex_jax.config import Config, ConfigError
-from apex_jax.profile_table import Errors, ProfileTable, path_of, save
+from apex_jax.profiling.table import Errors, ProfileTable, path_of, save
 from launch import command_line
 from launch.starting import create_engine
 

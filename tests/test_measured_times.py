@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from apex_jax.buckets import Buckets, HostBuckets
 from apex_jax.cost_model import PromptWork, Times
 from apex_jax.measured_times import Grid, MeasuredTimes
-from apex_jax.profile_table import Measurements, Point
+from apex_jax.profiling.table import Measurements, Point
 
 PLANE = Grid({(1, 10): 1.0, (1, 30): 3.0, (4, 10): 7.0, (4, 30): 3.0})
 SHAPES = Buckets(

@@ -7,8 +7,8 @@ import pytest
 
 from apex_jax.buckets import Buckets
 from apex_jax.config import LlamaConfig
-from apex_jax.profile_batches import Capacity
-from apex_jax.profile_table import (
+from apex_jax.profiling.batches import Capacity
+from apex_jax.profiling.table import (
     FORMAT,
     STAGES,
     Errors,

@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 
-from apex_jax import profiler
 from apex_jax.backends.simulated import SimulatedBackend
 from apex_jax.buckets import Buckets, HostLimits, choose, smallest_that_holds
 from apex_jax.config import ProfileConfig
 from apex_jax.cost_model import PromptWork, StageTimes, Times
 from apex_jax.measured_times import MeasuredTimes
-from apex_jax.profile_batches import Capacity, decode_batch, device_lengths, fullest, host_lengths
-from apex_jax.profile_rounds import Timed, run_rounds
-from apex_jax.profile_table import STAGES, Measurements, path_of, save
-from apex_jax.profiler import Profiler
+from apex_jax.profiling import profiler
+from apex_jax.profiling.batches import Capacity, decode_batch, device_lengths, fullest, host_lengths
+from apex_jax.profiling.profiler import Profiler
+from apex_jax.profiling.rounds import Timed, run_rounds
+from apex_jax.profiling.table import STAGES, Measurements, path_of, save
 from apex_jax.request import Request, SamplingParams
 from tests.small_engines import hybrid_engine, run
 

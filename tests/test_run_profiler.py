@@ -5,14 +5,14 @@ import types
 
 import pytest
 
-from apex_jax import profiler
 from apex_jax.backends.simulated import SimulatedBackend
 from apex_jax.buckets import HostLimits, choose
 from apex_jax.config import Config, ConfigError, ProfileConfig, SchedulerConfig
 from apex_jax.cost_model import StageTimes
-from apex_jax.profile_batches import Capacity
-from apex_jax.profile_table import path_of
-from apex_jax.profiler import Profiler
+from apex_jax.profiling import profiler
+from apex_jax.profiling.batches import Capacity
+from apex_jax.profiling.profiler import Profiler
+from apex_jax.profiling.table import path_of
 from launch import run_profiler
 
 TIMES = StageTimes(num_layers=4, linear_sec=1e-3, host_job_sec=2e-3, head_sec=1e-3, stage_sec=1e-4)

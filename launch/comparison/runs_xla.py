@@ -19,7 +19,7 @@ from apex_jax.hardware import Backend
 from apex_jax.memory import MAX_TRANSIT_PAGES
 from apex_jax.monitor import StageMonitor
 from apex_jax.policies import Policy
-from apex_jax.profile_table import measurements_to_json
+from apex_jax.profiling.table import measurements_to_json
 from apex_jax.scheduler import Scheduler
 from apex_jax.strategies import make_policy
 from apex_jax.sweep_loop import SweepLoop

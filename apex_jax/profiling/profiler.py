@@ -16,19 +16,19 @@ from apex_jax.config import ProfileConfig
 from apex_jax.hardware import Backend
 from apex_jax.measured_times import MeasuredTimes
 from apex_jax.plan import DecodeBatch
-from apex_jax.profile_batches import Capacity
-from apex_jax.profile_cases import Cases, Name, take_apart
-from apex_jax.profile_check import held_out
-from apex_jax.profile_contention import measure_contention
-from apex_jax.profile_rounds import OnProgress, Timed, run_rounds
-from apex_jax.profile_table import (
+from apex_jax.profiling.batches import Capacity
+from apex_jax.profiling.cases import Cases, Name, take_apart
+from apex_jax.profiling.chains import StageChains
+from apex_jax.profiling.check import held_out
+from apex_jax.profiling.contention import measure_contention
+from apex_jax.profiling.rounds import OnProgress, Timed, run_rounds
+from apex_jax.profiling.table import (
     Errors,
     Measurements,
     Point,
     ProfileTable,
     find_kept,
 )
-from apex_jax.stage_chains import StageChains
 
 PROFILE_SEC = 75.0  # after this no further round begins
 MAX_ROUNDS = 21
@@ -41,7 +41,7 @@ DISPATCH_REPEATS = 7
 class Profiler:
     """What can be measured of one engine. It has a host lane: without one nothing is predicted.
 
-    key: what a profile of it holds for, as profile_table.make_key has it.
+    key: what a profile of it holds for, as table.make_key has it.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ from apex_jax.hardware import (
     WritePages,
 )
 from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
-from apex_jax.profile_batches import Capacity
+from apex_jax.profiling.batches import Capacity
 
 TIMEOUT_SEC = 120.0
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from apex_jax.hardware import Handle
 from apex_jax.plan import DecodeBatch
-from apex_jax.stage_chains import StageChains
+from apex_jax.profiling.chains import StageChains
 
 NUM_REPEATS = 3
 BUSY_SEC = 0.05  # how long the side that is timed should work

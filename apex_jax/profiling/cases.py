@@ -13,7 +13,7 @@ from typing import NamedTuple
 from apex_jax.buckets import Buckets
 from apex_jax.hardware import Handle
 from apex_jax.plan import DecodeBatch
-from apex_jax.profile_batches import (
+from apex_jax.profiling.batches import (
     Capacity,
     cohort_sizes,
     decode_batch,
@@ -23,8 +23,8 @@ from apex_jax.profile_batches import (
     prompt_batch,
     token_batch,
 )
-from apex_jax.profile_table import Shape
-from apex_jax.stage_chains import Chain, StageChains
+from apex_jax.profiling.chains import Chain, StageChains
+from apex_jax.profiling.table import Shape
 
 # Chains whose links are one stage or job, under its name in measured_times.py.
 _PLAIN = (

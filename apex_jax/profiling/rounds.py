@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from apex_jax.stage_chains import Chain
+from apex_jax.profiling.chains import Chain
 
 # A chain is so long that enqueueing its first stage and waking up after its last hardly count, but
 # no longer than what XLA's CPU client takes without blocking.

@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from apex_jax.buckets import Buckets
 from apex_jax.config import LlamaConfig
-from apex_jax.profile_batches import Capacity
+from apex_jax.profiling.batches import Capacity
 
 FORMAT = 1  # of the file; another one is not read
 PACKAGES = ("apex-jax", "jax", "jaxlib")
@@ -72,8 +72,10 @@ class Errors:
         errors = sorted(math.expm1(abs(math.log(ratio))) for ratio in ratios)
         if not errors:
             return cls(0.0, 0.0, 0)
-        rank = lambda share: errors[math.ceil(share * len(errors)) - 1]  # noqa: E731
-        return cls(rank(0.5), rank(0.95), len(errors))
+        median, percentile_95 = (
+            errors[math.ceil(share * len(errors)) - 1] for share in (0.5, 0.95)
+        )
+        return cls(median, percentile_95, len(errors))
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,14 @@ def load(path: Path, key: Mapping[str, Any]) -> ProfileTable | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path} cannot be read ({error})") from None
     try:
-        item = json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
         raise ProfileError(f"{path} is damaged ({error})") from None
-    if not isinstance(item, dict) or item.get("format") != FORMAT:
-        found = item.get("format") if isinstance(item, dict) else None
-        raise ProfileError(f"{path} has format {found!r}, not {FORMAT}: it is of another version")
+    item = cast(dict[str, Any], found) if isinstance(found, dict) else {}
+    if item.get("format") != FORMAT:
+        raise ProfileError(
+            f"{path} has format {item.get('format')!r}, not {FORMAT}: it is of another version"
+        )
     if item.get("key") != json.loads(_canonical(key)):
         raise ProfileError(f"{path} is of another machine, model or settings")
     try:

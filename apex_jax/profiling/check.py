@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from apex_jax.buckets import Buckets
 from apex_jax.cost_model import PromptWork, Times
-from apex_jax.profile_batches import (
+from apex_jax.profiling.batches import (
     Capacity,
     cohort_sizes,
     decode_batch,
@@ -20,8 +20,8 @@ from apex_jax.profile_batches import (
     prompt_batch,
     token_batch,
 )
-from apex_jax.profile_cases import Name
-from apex_jax.stage_chains import Chain, StageChains
+from apex_jax.profiling.cases import Name
+from apex_jax.profiling.chains import Chain, StageChains
 
 
 class HeldOut(NamedTuple):
