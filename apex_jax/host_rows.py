@@ -151,8 +151,7 @@ class HostRows:
         dropped = [
             cohort_id
             for cohort_id, sequences in self.cohorts.items()
-            if self._policy.drops_tokens
-            or all(one.finish_reason is not None for one in sequences)
+            if self._policy.drops_tokens or all(one.finish_reason is not None for one in sequences)
         ]
         for cohort_id in dropped:
             cohort = self.cohorts.pop(cohort_id)
@@ -187,7 +186,7 @@ class HostRows:
             return Waiting()
         num_tokens = [sequence.num_tokens for sequence in first]
         count, chunk_tokens = choose_group(self._chunks, num_tokens)
-        rows = next(rows for rows, tokens in self._chunks if rows >= count) if count > 1 else 1
+        rows = next(rows for rows, _ in self._chunks if rows >= count) if count > 1 else 1
         return Waiting(
             len(waiting),
             sum(num_tokens) / len(first),

@@ -12,7 +12,6 @@ from enum import Enum, auto
 from typing import NamedTuple, Protocol, runtime_checkable
 
 
-
 class Action(Enum):
     """What a cohort does where the device's rows are at a boundary.
 
@@ -59,6 +58,9 @@ class Waiting(NamedTuple):
     padded_tokens: float = 0.0
 
 
+NOBODY = Waiting()
+
+
 @dataclass(frozen=True)
 class Load:
     """What there is to do as a sweep is planned.
@@ -79,7 +81,7 @@ class Load:
     num_prompt_tokens: int = 0
     num_settled_rows: int = 0
     num_settled_tokens: int = 0
-    waiting: Waiting = Waiting()
+    waiting: Waiting = NOBODY
     num_homing: int = 0
     num_homeless: int = 0
     lengths: Sequence[int] = ()

@@ -90,9 +90,7 @@ def play(condition: JobCondition) -> Row:
     lengths = Lengths(where.prompt_tokens, where.output_tokens)
     limit = min(found.max_model_len, found.device_tokens - 2 * PAGE_SIZE)
     requests = draw_uniform(lengths, num_requests, limit, random.Random(0)).requests
-    jobs = {
-        name: play_job(found, policy_of(name, found.times), requests) for name in STRATEGIES
-    }
+    jobs = {name: play_job(found, policy_of(name, found.times), requests) for name in STRATEGIES}
     chosen, alone = jobs["apex"], jobs["device_only"]
     return {
         **asdict(where),
@@ -121,7 +119,9 @@ def summarize(rows: Sequence[Row]) -> Row:
 
 def describe(summary: Row, rows: Sequence[Row]) -> str:
     """Return the summary and the worst conditions as text."""
-    lines = ["apex to device_only: " + ", ".join(f"{key} {one:.4g}" for key, one in summary.items())]
+    lines = [
+        "apex to device_only: " + ", ".join(f"{key} {one:.4g}" for key, one in summary.items())
+    ]
     for row in sorted(rows, key=lambda row: row["to_device_only"])[:NUM_WORST]:
         lines.append(
             f"  {row['to_device_only']:.3f}: {row['model']} on {row['device']}, "
