@@ -124,7 +124,7 @@ class Apex(Adaptive):
     def predict(self, demand: Demand, max_rows: int) -> Prediction:
         """Return the prediction of what would be chosen for a steady state."""
         device_only = self._predictor.device_only(demand)
-        best = max(self._candidates(demand, max_rows), key=_worth, default=device_only)
+        best = max(self._candidates(demand, max_rows), key=_rate, default=device_only)
         return best if best.rate > (1 + MIN_GAIN) * device_only.rate else device_only
 
     def consider(self, load: Load) -> None:
@@ -149,7 +149,7 @@ class Apex(Adaptive):
         device_only = self._predictor.device_only(demand)
         candidates = self._candidates(demand, load.max_rows)
         self._admit(load, demand, device_only, candidates)
-        candidates.sort(key=_worth, reverse=True)
+        candidates.sort(key=_rate, reverse=True)
         best, reason = device_only, "no requests in the host lane"
         if num_host:
             reason = "the host lane would yield no more"
@@ -174,7 +174,7 @@ class Apex(Adaptive):
         all_in = list(candidates)
         if wanted != demand:
             all_in += self._candidates(wanted, load.max_rows)
-        most = max(all_in, key=lambda one: one.rate, default=device_only)
+        most = max(all_in, key=_rate, default=device_only)
         pays = most.rate > (1 + MIN_GAIN) * device_only.rate
         self.max_host_rows = most.host_rows if pays else 0
         self.keeps_host_rows = False
@@ -240,7 +240,7 @@ class Apex(Adaptive):
             ways = self._ways(cohorts, demand, max_rows)
             allowed = [one for one in ways if self._is_allowed(one)]
             if allowed:
-                found.append(max(allowed, key=_worth))
+                found.append(max(allowed, key=_rate))
         return found
 
     def _ways(self, cohorts: int, demand: Demand, max_rows: int) -> list[Prediction]:
@@ -332,14 +332,8 @@ class ApexPaper(Adaptive):
         )
 
 
-def _worth(prediction: Prediction) -> float:
-    """Return the rate by which candidates are compared.
-
-    Extra passes have to yield something: where the host is busy all the time they only come to
-    late, and what they then cost is hard to tell.
-    """
-    passes = prediction.choice.passes
-    return prediction.rate * (1 if passes == 1 else 1 - MIN_GAIN)
+def _rate(prediction: Prediction) -> float:
+    return prediction.rate
 
 
 def _host_rows(load: Load) -> tuple[int, int]:
