@@ -243,6 +243,7 @@ class Dispatch:
         (x,) = self._enqueue(Embed(batch))
         for first_layer in range(0, self._num_layers, self._span):
             (x,) = self._enqueue(Layers(batch, first_layer), x)
+            self._keep_moving(sweep)
         if head is not None:
             sweep.heads += self._enqueue(Head((head,)), x)
 
@@ -251,7 +252,7 @@ class Dispatch:
         (x,) = self._enqueue(Embed(batch))
         layer, place, merging = 0, _Place.BEFORE, list[_Cohort]()
         while (stop := self._next_decision(layer)) is not None:
-            x = self._carry(batch, x, layer, place, stop)
+            x = self._carry(batch, x, layer, place, stop, sweep)
             layer, place = stop, _Place.BEHIND
             merging = self._decide(stop, sweep)
             if merging and stop < self._num_layers:
@@ -263,11 +264,17 @@ class Dispatch:
                 self.stats.num_merges += 1
                 cohort.num_extra_passes = 0
                 self._attend_on_host(cohort, entered)
-        x = self._carry(batch, x, layer, place, None)
+        x = self._carry(batch, x, layer, place, None, sweep)
         self._sample(sweep, merging, (head, x))
 
     def _carry(
-        self, batch: DecodeBatch, x: Handle, layer: int, place: _Place, stop: int | None
+        self,
+        batch: DecodeBatch,
+        x: Handle,
+        layer: int,
+        place: _Place,
+        stop: int | None,
+        sweep: _Sweep,
     ) -> Handle:
         """Bring device rows behind the attention of layer stop - 1, or (None) through all layers.
 
@@ -295,6 +302,7 @@ class Dispatch:
             elif left >= reach:
                 (x,) = self._enqueue(Layers(batch, layer), x)
                 layer += self._span
+                self._keep_moving(sweep)
             else:
                 (x,) = self._enqueue(PreAttention(layer), x)
                 place = _Place.INSIDE
@@ -507,6 +515,19 @@ class Dispatch:
                 self._moves.remove(moving)
                 sweep.finished_moves.append(move.move_id)
                 self.stats.num_moves[move.direction] += 1
+
+    def _keep_moving(self, sweep: _Sweep) -> None:
+        """Let moves go on beside the device's rows, until it runs out of stages.
+
+        Few pages are between the lanes at once, so who looked after them but once a sweep would
+        leave the link idle for most of it.
+        """
+        while self._moves and self._queue.depth() > 1:
+            self._transit.forget_arrived()
+            if not self._transit.handles:
+                return
+            self._wait([self._transit.handles[0], *self._queue.all_but_one()])
+            self._carry_moves(sweep)
 
     # Waiting
 

@@ -9,7 +9,7 @@ pipelining.py and adaptive.py. `consider` and `form` are called by the scheduler
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class Action(Enum):
@@ -45,6 +45,22 @@ class CohortView:
     queue_depth: int
 
 
+class Waiting(NamedTuple):
+    """Requests in neither lane.
+
+    prompt_tokens, output_tokens: of one, on average, the latter at most. padded_tokens: of the
+    chunks in which a prompt for the host prefills, each counted for one prompt.
+    """
+
+    num_requests: int = 0
+    prompt_tokens: float = 0.0
+    output_tokens: float = 1.0
+    padded_tokens: float = 0.0
+
+
+NOBODY = Waiting()
+
+
 @dataclass(frozen=True)
 class Load:
     """What there is to do as a sweep is planned.
@@ -52,7 +68,7 @@ class Load:
     num_rows, num_tokens: device rows that decode in it, and tokens of their KV.
     num_prompt_tokens: that it prefills for the device, padding included.
     num_settled_rows, num_settled_tokens: the device lane, those with prompts under way included.
-    num_waiting: requests in neither lane. num_homing: host-lane rows for which the device has room,
+    waiting: requests in neither lane. num_homing: host-lane rows for which the device has room,
     where nobody waits for it.
     num_homeless: host-lane rows that the device can never hold.
     lengths: tokens of KV of each host-lane row without a token under way, oldest first.
@@ -65,7 +81,7 @@ class Load:
     num_prompt_tokens: int = 0
     num_settled_rows: int = 0
     num_settled_tokens: int = 0
-    num_waiting: int = 0
+    waiting: Waiting = NOBODY
     num_homing: int = 0
     num_homeless: int = 0
     lengths: Sequence[int] = ()
@@ -85,6 +101,9 @@ class Policy(Protocol):
     next. max_host_rows: requests worth having in the host lane, besides those that the device can
     never hold; None for all it has room for.
     device_prompts_first: whether prompts for the host wait while the device prefills its own.
+    drops_tokens: whether tokens under way are given up, so that their rows may change lanes at
+    once. keeps_host_rows: whether room on the device is for those who wait rather than for rows of
+    the host.
     """
 
     @property
@@ -97,6 +116,10 @@ class Policy(Protocol):
     def max_host_rows(self) -> int | None: ...
     @property
     def device_prompts_first(self) -> bool: ...
+    @property
+    def drops_tokens(self) -> bool: ...
+    @property
+    def keeps_host_rows(self) -> bool: ...
 
     def consider(self, load: Load) -> None:
         """Look at the sweep that is being planned, before `form`; who chooses chooses here."""
@@ -120,6 +143,8 @@ class Fixed:
 
     max_host_rows: int | None = None
     device_prompts_first = False
+    drops_tokens = False
+    keeps_host_rows = False
 
     def consider(self, load: Load) -> None:
         pass
