@@ -8,7 +8,6 @@ from apex_jax.cost_model import PromptWork, Times
 from apex_jax.policies import Waiting
 from apex_jax.prediction import Prediction
 
-
 # What a move costs is guessed: twice as much would forgo a little where hosts are fast, and once
 # was 2 % too much for four rows of 4,000 tokens on an H100.
 CAUTION = 1.5
