@@ -66,8 +66,11 @@ class Movement:
         for sequence in host.decoding.rows.sequences:
             if not device.can_ever_hold(sequence):
                 continue
-            if is_kept or num_left == 0 or not device.has_row() or not device.has_pages(sequence):
-                if self._residency.stats.num_sweeps - sequence.last_step > PATIENCE_SWEEPS:
+            num_idle = self._residency.stats.num_sweeps - sequence.last_step
+            if is_kept and num_idle <= PATIENCE_SWEEPS:
+                continue
+            if num_left == 0 or not device.has_row() or not device.has_pages(sequence):
+                if num_idle > PATIENCE_SWEEPS:
                     self.kept_for = sequence
                 break
             moves.append(self._start(sequence, Direction.PROMOTION))

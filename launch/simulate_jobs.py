@@ -1,6 +1,6 @@
 """Play whole jobs in drawn conditions: whether `apex` is ever worse than `device_only` there.
 
-    python -m launch.simulate_jobs --output=docs/results/simulated_job_grid.json
+    python -m launch.simulate_jobs --num_conditions=60
 
 Conditions are drawn by --seed from all combinations of cards, KV budgets, host bandwidths, lengths
 and numbers of requests below, as far as they can be and not everybody fits the card. Requests come
