@@ -59,8 +59,9 @@ class SweepLoop:
     ) -> "SweepLoop":
         """Return a loop of one strategy; what concerns the host counts where the policy has one.
 
-        Prefixes are not reused: strategies are compared over the same prompts. shapes: with those of a host lane, if any policy has one. monitor: learns from what sweeps
-        took; whoever gives it reports the stages to it.
+        Prefixes are not reused: strategies are compared over the same prompts. shapes: with those
+        of a host lane, if any policy has one. monitor: learns from what sweeps took; whoever gives
+        it reports the stages to it.
         """
         has_host = policy.max_cohorts > 0
         scheduler = Scheduler(
