@@ -44,6 +44,7 @@ class LaneRoom:
         self.lane, self.max_requests, self.page_size = lane, max_requests, page_size
         self._known = PrefixCache(page_size) if reuses_prefixes else None
         self._known_until: dict[Sequence, PageNode] = {}  # of sequences here, where not the root
+        self._found: tuple[tuple[Sequence, int, int] | None, list[PageNode]] = None, []
         self.pool = PagePool(num_pages, self._known)
         self.sequences: list[Sequence] = []
         self.filling: list[Sequence] = []
@@ -104,7 +105,7 @@ class LaneRoom:
 
     def is_coming(self, sequence: Sequence, prefilling: AbstractSequence[Sequence]) -> bool:
         """Whether one of those `prefilling` will fill the next page that a sequence could share."""
-        if self._known is None:
+        if self._known is None or not prefilling:
             return False
         known = self._find(sequence)
         page_index, node = len(known), known[-1] if known else self._known.root
@@ -260,7 +261,11 @@ class LaneRoom:
         """Return the known pages of a sequence that waits."""
         if self._known is None:
             return []
-        return self._known.find(sequence.token_ids, self._most_shared(sequence))
+        # Asked several times as it enters, and in every sweep while the room is full.
+        asked = (sequence, self._most_shared(sequence), self._known.num_changes)
+        if asked != self._found[0]:
+            self._found = asked, self._known.find(sequence.token_ids, asked[1])
+        return self._found[1]
 
     def _node_of(self, sequence: Sequence) -> PageNode:
         """Return the last known page of a sequence that is here or waits."""

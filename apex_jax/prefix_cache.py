@@ -27,6 +27,8 @@ class PageNode:
 class PrefixCache:
     """The known pages of one pool.
 
+    num_changes: so far, of what can be found.
+
     A page may be forgotten before those behind it: they are then found no more, until they are
     forgotten themselves or the page before them is known again under a node of its own.
     """
@@ -35,6 +37,7 @@ class PrefixCache:
         self._page_size = page_size
         self.root = PageNode(page=-1, depth=0, tokens=b"", parent=None)
         self._nodes: dict[int, PageNode] = {}
+        self.num_changes = 0
 
     def __contains__(self, page: int) -> bool:
         return page in self._nodes
@@ -74,11 +77,13 @@ class PrefixCache:
                 assert page not in self._nodes, f"page {page} holds other tokens"
                 child = PageNode(page, node.depth + 1, tokens, node)
                 node.children[tokens] = self._nodes[page] = child
+                self.num_changes += 1
             node = child
         return node
 
     def forget(self, page: int) -> None:
         """Drop a page whose KV is about to be overwritten."""
         node = self._nodes.pop(page)
+        self.num_changes += 1
         assert node.parent is not None
         del node.parent.children[node.tokens]

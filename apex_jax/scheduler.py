@@ -276,13 +276,13 @@ class Scheduler:
         for sequence in self._residency.waiting if self._policy.uses_device_lane else ():
             if len(candidates) + len(admissible) == max_rows or sequence.num_unread:
                 break
+            if not device.has_row(admissible):
+                break
             if device.is_coming(sequence, [*candidates, *admissible]):
                 num_passed_over += 1
                 if num_passed_over == MAX_PASSED_OVER:
                     break
                 continue
-            if not device.has_row(admissible):
-                break
             if not device.has_pages(sequence, admissible):
                 break
             if kept_for is not None and sequence.index > kept_for.index:
