@@ -343,22 +343,23 @@ class Dispatch:
         """Decide late: wait for the attention, or for the device to run out of stages."""
         assert cohort.handle is not None
         while True:
-            is_ready = self._is_ready(cohort.handle)
             view = CohortView(
                 cohort_id=cohort.batch.cohort_id,
                 point=cohort.point,
                 num_layers=self._num_layers,
                 num_extra_passes=cohort.num_extra_passes,
                 can_merge=can_merge,
-                is_ready=is_ready,
-                queue_depth=0 if is_ready else self._queue.depth(),
+                ask_ready=functools.partial(self._is_ready, cohort.handle),
+                count_stages=self._queue.depth,
             )
             action = self._policy.at_boundary(boundary, view)
             if action is not Action.WAIT:
-                assert view.is_ready or action is Action.SKIP
+                assert action is Action.SKIP or view.is_ready
                 assert can_merge or action is not Action.MERGE
                 return action
-            self._wait([cohort.handle, *self._queue.all_but_one()])
+            # Who did not look at the queue will not decide otherwise when it is shorter.
+            stages = self._queue.all_but_one() if view.has_counted else ()
+            self._wait([cohort.handle, *stages])
 
     def _enter(self) -> None:
         """Let cohorts begin their token: embed it and enter layer 0."""

@@ -6,7 +6,8 @@ pipelining.py and adaptive.py. `consider` and `form` are called by the scheduler
 `at_boundary` by the dispatch loop. Imports no jax.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -32,8 +33,8 @@ class CohortView:
 
     point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given
     since the device's rows last were where it stood. can_merge: the device is at this very point
-    and nobody has taken it. is_ready: its attention is done. queue_depth: stages the device has
-    left to end; not counted (0) where the cohort is ready anyway.
+    and nobody has taken it. ask_ready, count_stages: tell what the properties do. Asking costs, and
+    many decisions need neither, so it is done when a policy looks, and once.
     """
 
     cohort_id: int
@@ -41,8 +42,23 @@ class CohortView:
     num_layers: int
     num_extra_passes: int
     can_merge: bool
-    is_ready: bool
-    queue_depth: int
+    ask_ready: Callable[[], bool]
+    count_stages: Callable[[], int]
+
+    @functools.cached_property
+    def is_ready(self) -> bool:
+        """Whether its attention is done."""
+        return self.ask_ready()
+
+    @functools.cached_property
+    def queue_depth(self) -> int:
+        """Stages that the device has left to end."""
+        return self.count_stages()
+
+    @property
+    def has_counted(self) -> bool:
+        """Whether the policy looked at the queue's depth."""
+        return "queue_depth" in vars(self)
 
 
 class Waiting(NamedTuple):
