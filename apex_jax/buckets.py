@@ -47,8 +47,8 @@ class HostBuckets:
     """Shapes of the programs that only a host lane needs.
 
     cohort_rows: those of Buckets.rows that cohorts have. head_rows: where several groups of rows
-    are sampled together. staging_pages: exported from the staging plane at once. move_pages:
-    exported from the device's pool, or imported into it. num_staging_pages: of the staging plane.
+    are sampled together. staging_pages: exported from the staging plane at once, or imported into
+    it. move_pages: likewise of the device's pool. num_staging_pages: of the staging plane.
     """
 
     cohort_rows: tuple[int, ...]

@@ -46,6 +46,7 @@ from apex_jax.plan import (
     Move,
     PrefillBatch,
     Sampled,
+    StagedPrefix,
     SweepPlan,
     join_sampled,
 )
@@ -158,6 +159,7 @@ class Dispatch:
         self._is_ready = functools.partial(_is_ready, backend)
         self._transit = Transit(max_transit_pages, transit_sizes, self._is_ready)
         self._host_prefill: list[Handle] = []  # the group's hidden states, a handle a chunk
+        self._prefixes: deque[Handle] = deque()  # of the group's next layers, read by the host
         self._queue = StageQueue(self._is_ready)
         self._last: Handle | None = None
 
@@ -434,18 +436,36 @@ class Dispatch:
         for unit in range(part.first_unit, part.end_unit):
             layer, index = divmod(unit, num_chunks)
             chunk = part.chunks[index]
+            if index == 0 and part.prefix is not None:
+                self._stage_prefix(part.prefix, layer)
             if layer == 0:
                 self._host_prefill += self._enqueue(Embed(chunk))
             (x,) = self._enqueue(StagedLayer(chunk, layer), self._host_prefill[index])
             self._host_prefill[index] = x
             if index == num_chunks - 1:
-                while not self._has_transit_room(len(part.host_pages_i)):
-                    self._wait(self._transit.handles[:1])
+                self._await_transit_room(len(part.host_pages_i))
                 self._to_host(layer, part.staging_pages_i, part.host_pages_i, from_staging=True)
         for index, head in part.heads:
             sweep.heads += self._enqueue(Head((head,)), self._host_prefill[index])
         if part.heads:
             self._host_prefill = []
+
+    def _stage_prefix(self, prefix: StagedPrefix, layer: int) -> None:
+        """Bring a layer of what the host has of the group's prompts into the staging plane.
+
+        The next layer is read ahead: behind this one's own pages on their way to the host, it would
+        be there only when these are, and the device would wait.
+        """
+        num_pages = len(prefix.host_pages_i)
+        while len(self._prefixes) < 2 and layer + len(self._prefixes) < self._num_layers:
+            self._await_transit_room(num_pages)
+            job = ReadPages(layer + len(self._prefixes), prefix.host_pages_i)
+            was_read = self._backend.submit_host(job)
+            self._transit.set_out(num_pages, was_read)
+            self._prefixes.append(was_read)
+        was_read = self._prefixes.popleft()
+        self._wait([was_read])
+        self._enqueue(Import(layer, prefix.staging_pages_i, to_staging=True), was_read)
 
     def _to_host(
         self,
@@ -463,6 +483,10 @@ class Dispatch:
         """Whether so many pages of a layer may set out."""
         self._queue.depth()  # forgets exports that have ended: their handles hold copies
         return self._transit.has_room(num_pages)
+
+    def _await_transit_room(self, num_pages: int) -> None:
+        while not self._has_transit_room(num_pages):
+            self._wait(self._transit.handles[:1])
 
     def _carry_moves(self, sweep: _Sweep) -> None:
         """Take moves as far as they can go without waiting."""

@@ -358,7 +358,7 @@ def _make_host_lane(plan: EnginePlan, host_device: jax.Device, timeline: Timelin
         max_sequence_pages=memory.num_staging_pages,
         rows=shapes.cohort_rows,
         written_pages=shapes.transit_pages,
-        read_pages=shapes.move_pages,
+        read_pages=shapes.transit_pages,
         device=host_device,
     )
     if timeline.is_tracing:

@@ -91,10 +91,11 @@ class Export:
 
 @dataclass(frozen=True)
 class Import:
-    """Pages of a layer, which the host has read, into the device's pool."""
+    """Pages of a layer, which the host has read, into the device's pool or the staging plane."""
 
     layer: int
     pages_i: Int32[np.ndarray, "i"]
+    to_staging: bool = False
 
 
 Stage = (

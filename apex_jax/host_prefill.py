@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from apex_jax.pages import num_pages_for
-from apex_jax.plan import HeadBatch, HostPrefillBatch, PrefillBatch
+from apex_jax.plan import HeadBatch, HostPrefillBatch, PrefillBatch, StagedPrefix
 from apex_jax.sequence import Sequence
 
 
@@ -42,7 +42,7 @@ def choose_group(
 class PromptGroup:
     """Sequences that prefill together for the host; their host pages are there already.
 
-    chunks: of all of them, in order.
+    chunks: of all of them, in order. What of them is computed is in the first of their pages.
     """
 
     def __init__(
@@ -55,8 +55,18 @@ class PromptGroup:
         self.sequences = tuple(sequences)
         counts = [num_pages_for(one.num_tokens, page_size) for one in sequences]
         pages = [one.pages[:count] for one, count in zip(sequences, counts, strict=True)]
-        self._host_pages_i = np.concatenate(pages).astype(np.int32)
-        self._staging_pages_i = np.arange(len(self._host_pages_i), dtype=np.int32)
+        host_pages_i = np.concatenate(pages).astype(np.int32)
+        staging_pages_i = np.arange(len(host_pages_i), dtype=np.int32)
+        is_known = [
+            np.arange(count) < one.num_computed // page_size
+            for one, count in zip(sequences, counts, strict=True)
+        ]
+        is_known_i = np.concatenate(is_known)
+        self._host_pages_i = host_pages_i[~is_known_i]
+        self._staging_pages_i = staging_pages_i[~is_known_i]
+        self._prefix: StagedPrefix | None = None
+        if is_known_i.any():
+            self._prefix = StagedPrefix(host_pages_i[is_known_i], staging_pages_i[is_known_i])
         firsts = np.cumsum([0, *counts[:-1]])
         # Entries past a row's pages are unspecified, so its neighbour's may stand there.
         table_bm = (firsts[:, None] + np.arange(max(counts))).astype(np.int32)
@@ -86,7 +96,7 @@ class PromptGroup:
         self, units: tuple[int, int], heads: tuple[tuple[int, HeadBatch], ...]
     ) -> HostPrefillBatch:
         return HostPrefillBatch(
-            self.chunks, *units, self._staging_pages_i, self._host_pages_i, heads
+            self.chunks, *units, self._staging_pages_i, self._host_pages_i, heads, self._prefix
         )
 
 
@@ -96,17 +106,20 @@ def _cut(
     table_bm: Int32[np.ndarray, "b m"],
     page_size: int,
 ) -> list[PrefillBatch]:
-    """Cut prompts into chunks; where there are several chunks there is one sequence."""
+    """Cut what is left of prompts into chunks; where these are several there is one sequence."""
     batches: list[PrefillBatch] = []
-    start = 0
+    starts = [sequence.num_computed for sequence in sequences]
     for num_tokens in chunk_tokens:
-        parts = [sequence.token_ids[start : start + num_tokens] for sequence in sequences]
+        parts = [
+            sequence.token_ids[start : start + num_tokens]
+            for sequence, start in zip(sequences, starts, strict=True)
+        ]
         token_ids_bt = np.zeros((len(parts), num_tokens), np.int32)
         for row, part in enumerate(parts):
             token_ids_bt[row, : len(part)] = part
-        starts_b = np.full(len(parts), start, np.int32)
+        starts_b = np.array(starts, np.int32)
         lengths_b = np.array([len(part) for part in parts], np.int32)
-        num_pages = num_pages_for(start + int(lengths_b.max()), page_size)
+        num_pages = num_pages_for(int((starts_b + lengths_b).max()), page_size)
         batches.append(PrefillBatch(token_ids_bt, starts_b, lengths_b, table_bm[:, :num_pages]))
-        start += num_tokens
+        starts = [start + num_tokens for start in starts]
     return batches

@@ -105,7 +105,12 @@ class Lowering:
         """Trace a stage that few jobs need.
 
         head_modified, head_logprobs: by rows and entries. prompt_logprobs: by the chunk's shape.
+        import_staging: by pages.
         """
+        if key.stage == "import_staging":
+            assert self._buckets.host is not None
+            plane = self._abstract_pages(self._buckets.host.num_staging_pages)
+            return self._import(key.stage, key.shape[0], plane)[1]
         if key.stage == "prompt_logprobs":
             return self._prompt_logprobs(key)
         rows, num_entries = key.shape
@@ -178,12 +183,15 @@ class Lowering:
         plane = self._abstract_pages(host.num_staging_pages)
         for size in host.staging_pages:
             yield self._trace("export_staging", (size,), export, plane, _ints(size))
-        import_ = jax.jit(stages.import_pages, donate_argnums=0)
-        _, kv_heads, page_size, head_dim = self._pages.k_pkzh.shape
         for size in host.move_pages:
             yield self._trace("export", (size,), export, self._pages, _ints(size))
-            pages_ik2zh = self._floats(size, kv_heads, 2, page_size, head_dim)
-            yield self._trace("import", (size,), import_, self._pages, pages_ik2zh, _ints(size))
+            yield self._import("import", size, self._pages)
+
+    def _import(self, stage: str, size: int, pages: kv_cache.LayerPages) -> Traced:
+        _, kv_heads, page_size, head_dim = pages.k_pkzh.shape
+        pages_ik2zh = self._floats(size, kv_heads, 2, page_size, head_dim)
+        import_ = jax.jit(stages.import_pages, donate_argnums=0)
+        return self._trace(stage, (size,), import_, pages, pages_ik2zh, _ints(size))
 
     # Shapes
 

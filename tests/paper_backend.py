@@ -272,8 +272,8 @@ class PaperBackend:
                 return [self.host_pages[layer][_checked(pages_i, self.host_pages[layer])]]
             case WritePages(layer, pages_i):
                 pages = self.host_pages[layer]
-            case Import(layer, pages_i):
-                pages = self.device_pages[layer]
+            case Import(layer, pages_i, to_staging):
+                pages = self.staging_pages if to_staging else self.device_pages[layer]
         [moved] = values
         assert len(moved) == len(pages_i), "another number of pages arrives than set out"
         pages[_checked(pages_i, pages)] = moved

@@ -124,6 +124,7 @@ def with_limits(
     eos: frozenset[int] = frozenset(),
     before_job: Callable[[Job], None] | None = None,
     watchdog_sec: float = 60.0,
+    reuses_prefixes: bool = False,
 ) -> Engine:
     """Return an engine on the same arrays and programs with other limits and policy.
 
@@ -146,6 +147,7 @@ def with_limits(
         policy=policy,
         num_host_pages=(num_host_pages or memory.num_host_pages) if has_host else 0,
         max_host_requests=max_host_requests if has_host else 0,
+        reuses_prefixes=reuses_prefixes,
     )
     dispatch = Dispatch(
         engine._dispatch._backend,

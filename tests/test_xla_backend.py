@@ -139,7 +139,7 @@ def backend(programs, tensors):
         max_sequence_pages=8,
         rows=SHAPES.host.cohort_rows,
         written_pages={*SHAPES.host.staging_pages, *SHAPES.host.move_pages},
-        read_pages=SHAPES.host.move_pages,
+        read_pages=SHAPES.host.transit_pages,
         device=HOST,
     )
     lane = HostLane(host_programs, CPU, on_span=lambda *span, **args: None)

@@ -359,11 +359,17 @@ class XlaBackend:
     def _import(self, stage: Import, read: Handle) -> ImportedHandle:
         assert self._buckets.host is not None
         assert isinstance(read, MovedHandle)
-        page_ids_i = self._page_ids(stage.pages_i, self._buckets.host.move_pages)
-        program = self._programs[ProgramKey("import", page_ids_i.shape)]
-        marker, self._pages[stage.layer] = program(
-            self._pages[stage.layer], read.result.result(), page_ids_i
-        )
+        host, pages_ik2zh = self._buckets.host, read.result.result()
+        if stage.to_staging:
+            page_ids_i = self._page_ids(stage.pages_i, host.staging_pages)
+            program = self._programs.late(ProgramKey("import_staging", page_ids_i.shape))
+            marker, self._staging = program(self._staging, pages_ik2zh, page_ids_i)
+        else:
+            page_ids_i = self._page_ids(stage.pages_i, host.move_pages)
+            program = self._programs[ProgramKey("import", page_ids_i.shape)]
+            marker, self._pages[stage.layer] = program(
+                self._pages[stage.layer], pages_ik2zh, page_ids_i
+            )
         return ImportedHandle(marker)
 
     def _page_ids(
