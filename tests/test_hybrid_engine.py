@@ -118,8 +118,10 @@ class Switching(Adaptive):
 
     def consider(self, load):
         rng = self._rng
+        self.drops_tokens = rng.random() < 0.1
         if rng.random() < 0.7:
             return
+        self.keeps_host_rows = rng.random() < 0.3
         self.max_host_rows = rng.choice((None, 0, 2))
         name = rng.choice(("device_only", "merging", "merging", "pipelining", "pipelining_all"))
         passes = rng.choice((None, *range(1, self._num_layers + 1)))
@@ -215,6 +217,8 @@ def play(index: int) -> tuple[list[list[int]], Counter[str]]:
 
     def watched_plan_sweep() -> object:
         plan = plan_sweep()
+        if plan is not None:
+            met["dropped cohorts"] += len(plan.dropped_cohorts)
         if plan is not None and (part := plan.host_prefill) is not None:
             met["prompts of several chunks"] += len(part.chunks) > 1
             met["prompts together"] += len(part.chunks[0].lengths_b) > 1
@@ -294,6 +298,8 @@ def test_the_schedules_have_met_what_they_are_drawn_for():
     hybrid = sum((met[strategy] for strategy in STRATEGIES[1:]), Counter())
     rare = ("demotions", "pre-emptions", "prompts together")
     assert {event for event in rare if not hybrid[event]} == set(), hybrid
+    switching = range(FIRST_SWITCHING, FIRST_SWITCHING + NUM_SWITCHING)
+    assert sum(play(index)[1]["dropped cohorts"] for index in switching)
 
 
 def test_nothing_compiles_once_the_engine_is_there():
