@@ -4,11 +4,13 @@ Owns the group of prompts under way and who is in which cohort. The policy says 
 the scheduler. Imports no jax.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from apex_jax.buckets import HostBuckets
-from apex_jax.flight import Flight, head_of
+from apex_jax.decode_rows import RowSet
+from apex_jax.flight import Flight
 from apex_jax.host_prefill import PromptGroup, choose_group
 from apex_jax.lanes import LaneRoom
 from apex_jax.movement import Movement
@@ -44,7 +46,8 @@ class HostRows:
         self._chunks, self._num_layers = chunks, num_layers
         self._max_chunk_tokens = max(tokens for _, tokens in chunks)
         self._group: PromptGroup | None = None
-        self.cohorts: dict[int, list[Sequence]] = {}
+        self._nobody = RowSet.of(residency.table, ())
+        self.cohorts: dict[int, RowSet] = {}
 
     def admit(self) -> None:
         """Begin the prompts of those who wait for memory of the device, if the host has room."""
@@ -103,41 +106,45 @@ class HostRows:
         stats = self._residency.stats
         for sequence in group.sequences:
             stats.num_host_prefilled_tokens += sequence.num_unfilled
-            sequence.num_computed = len(sequence.token_ids)
+            sequence.num_computed = sequence.num_read
             self._room.note_computed(sequence)
             sequence.last_step = stats.num_sweeps
-            sequence.is_decoding, sequence.is_in_group = True, False
+            sequence.is_in_group = False
+            self._room.end_filling(sequence)
         heads: list[tuple[int, HeadBatch]] = []
         for index, chunk in enumerate(group.chunks):
             sampling = group.sequences if chunk is group.chunks[-1] else ()
             targets = flight.add_targets(chunk, group.sequences)
-            head = flight.add_head(range(len(sampling)), sampling, targets)
+            rows = RowSet.of(self._residency.table, sampling)
+            head = flight.add_head(np.arange(len(rows), dtype=np.int32), rows, targets)
             if head is not None:
                 heads.append((index, head))
         for sequence in group.sequences:
+            self._room.decoding.update(sequence)
             self._residency.vacate_if_over(sequence)  # it was cancelled on its way
         return group.batch(units, tuple(heads))
 
     def form_cohorts(
-        self, decoding: list[Sequence], prefill: PrefillBatch | None
+        self, decoding: RowSet, prefill: PrefillBatch | None
     ) -> tuple[CohortBatch, ...]:
         """Let idle cohorts begin a token, with the rows that the policy gives them.
 
         decoding, prefill: the device's rows and prompts in this sweep.
         """
-        policy = self._policy
+        policy, table = self._policy, self._residency.table
         idle = [one for one in range(policy.max_cohorts) if one not in self.cohorts]
-        rows = self._grow() if idle else []
+        rows = self._grow() if idle else self._nobody
         load = self._load(decoding, prefill, rows, idle)
         policy.consider(load)
         batches: list[CohortBatch] = []
-        for cohort_id, indices in policy.form(load).items() if rows else ():
-            cohort = [rows[index] for index in indices]
-            head = head_of(range(len(cohort)), cohort)
+        for cohort_id, indices in policy.form(load).items() if len(rows) else ():
+            cohort = rows.choose(table, np.array(indices, np.int64))
+            head = cohort.head(table, np.arange(len(cohort), dtype=np.int32))
             decode = self._room.take_step(cohort, self._residency.stats.num_sweeps)
             batches.append(CohortBatch(cohort_id, decode, head))
-            for sequence in cohort:
+            for sequence in cohort.sequences:
                 sequence.cohort_id = cohort_id
+            self._room.decoding.discard(cohort.slots_b)
             self.cohorts[cohort_id] = cohort
         return tuple(batches)
 
@@ -152,53 +159,58 @@ class HostRows:
         """Forget the tokens under way of cohorts all of whose sequences have ended."""
         dropped = [
             cohort_id
-            for cohort_id, sequences in self.cohorts.items()
-            if all(one.finish_reason is not None for one in sequences)
+            for cohort_id, rows in self.cohorts.items()
+            if all(one.finish_reason is not None for one in rows.sequences)
         ]
         for cohort_id in dropped:
             self._leave_cohort(self.cohorts.pop(cohort_id))
         return tuple(dropped)
 
-    def _leave_cohort(self, cohort: list[Sequence]) -> None:
-        for sequence in cohort:
+    def _leave_cohort(self, cohort: RowSet) -> None:
+        for sequence in cohort.sequences:
             sequence.cohort_id = None
+            self._room.decoding.update(sequence)
             self._residency.vacate_if_over(sequence)
 
-    def _grow(self) -> list[Sequence]:
-        """Return the sequences between two tokens that have a page for the next."""
+    def _grow(self) -> RowSet:
+        """Return the rows between two tokens that have a page for the next."""
         room = self._room
         while True:
-            waiting = [sequence for sequence in room.sequences if sequence.is_ready]
-            ready = [sequence for sequence in waiting if room.grow(sequence)]
-            is_anyone_leaving = self.cohorts or any(
-                one.is_fully_planned or one.is_moving or one.num_unfilled for one in room.sequences
-            )
-            if ready or not waiting or is_anyone_leaving:
+            lacking = room.grow_rows()
+            ready = room.rows_with_page()
+            if len(ready) or not lacking or self._is_anyone_leaving():
                 return ready
-            self._residency.preempt(waiting[-1])
+            self._residency.preempt(lacking[-1])
+
+    def _is_anyone_leaving(self) -> bool:
+        """Whether pages become free, or rows ready, without anyone being pre-empted."""
+        room = self._room
+        return bool(self.cohorts or room.is_anyone_full or room.filling) or any(
+            one.is_moving for one in room.sequences
+        )
 
     def _load(
         self,
-        decoding: list[Sequence],
+        decoding: RowSet,
         prefill: PrefillBatch | None,
-        rows: list[Sequence],
+        rows: RowSet,
         idle: list[int],
     ) -> Load:
         """Describe the sweep that is being planned; rows: those without a token under way."""
-        device = self._residency.device
-        under_way = list(itertools.chain.from_iterable(self.cohorts.values()))
+        device, num_tokens_s = self._residency.device, self._residency.table.num_tokens_s
+        under_way = list(self.cohorts.values())
         return Load(
             num_rows=len(decoding),
-            num_tokens=sum(sequence.num_tokens for sequence in decoding),
+            num_tokens=int(num_tokens_s[decoding.slots_b].sum()),
             num_prompt_tokens=prefill.token_ids_bt.size if prefill is not None else 0,
             num_settled_rows=len(device.sequences),
-            num_settled_tokens=sum(sequence.num_tokens for sequence in device.sequences),
+            num_settled_tokens=device.num_settled_tokens,
             num_waiting=len(self._residency.waiting),
             num_homing=self._movement.count_homing(),
-            num_homeless=sum(not device.can_ever_hold(one) for one in self._room.sequences),
-            lengths=[sequence.num_tokens for sequence in rows],
-            num_under_way=len(under_way),
-            num_tokens_under_way=sum(sequence.num_tokens for sequence in under_way),
+            num_homeless=self._room.count_longer_than(device.num_tokens),
+            lengths=num_tokens_s[rows.slots_b].tolist(),
+            num_under_way=sum(map(len, under_way)),
+            num_tokens_under_way=sum(int(num_tokens_s[one.slots_b].sum()) for one in under_way),
             idle_cohorts=idle,
             max_rows=self._shapes.cohort_rows[-1],
         )

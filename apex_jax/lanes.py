@@ -11,20 +11,23 @@ from collections import Counter
 from collections.abc import Sequence as AbstractSequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
+from apex_jax.decode_rows import DecodeRows, RowSet
 from apex_jax.pages import BlockTables, PagePool, num_pages_for
 from apex_jax.plan import DecodeBatch
 from apex_jax.prefix_cache import PageNode, PrefixCache
 from apex_jax.sequence import Lane, Sequence
+from apex_jax.slot_table import SlotTable
 
 
 class LaneRoom:
     """What one lane can hold, and who is in it.
 
-    max_requests: sequences at once. num_slots: of both lanes together, because a sequence keeps its
+    max_requests: sequences at once. table: of both lanes together, because a sequence keeps its
     slot when it moves. reuses_prefixes: a sequence that begins like another one shares its pages.
-    sequences: by index, so the oldest first.
+    sequences: by index, so the oldest first. filling: those of them whose prompt is not planned to
+    its end. decoding: those between two tokens.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class LaneRoom:
         page_size: int,
         max_requests: int,
         max_model_len: int,
-        num_slots: int,
+        table: SlotTable,
         reuses_prefixes: bool = False,
     ):
         self.lane, self.max_requests, self.page_size = lane, max_requests, page_size
@@ -44,9 +47,12 @@ class LaneRoom:
         self._found: tuple[tuple[Sequence, int, int] | None, list[PageNode]] = None, []
         self.pool = PagePool(num_pages, self._known)
         self.sequences: list[Sequence] = []
+        self.filling: list[Sequence] = []
+        self.decoding = DecodeRows(table)
+        self._table, self._is_here_s = table, np.zeros(table.num_slots, np.bool_)
         self._num_arriving = 0
         max_pages = num_pages_for(min(max_model_len, num_pages * page_size), page_size)
-        self._tables = BlockTables(num_slots, max_pages, page_size)
+        self._tables = BlockTables(table.num_slots, max_pages, page_size)
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +62,22 @@ class LaneRoom:
     @property
     def num_used(self) -> int:
         return self.pool.num_pages - self.pool.num_free
+
+    @property
+    def num_settled_tokens(self) -> int:
+        """Tokens of the sequences here, those included that are planned and not read yet."""
+        return int(self._table.num_tokens_s[self._is_here_s].sum())
+
+    @property
+    def is_anyone_full(self) -> bool:
+        """Whether all tokens of a sequence here are planned, so that it will leave soon."""
+        table, is_here_s = self._table, self._is_here_s
+        is_full_i = table.num_tokens_s[is_here_s] >= table.max_num_tokens_s[is_here_s]
+        return bool(np.count_nonzero(is_full_i))
+
+    def count_longer_than(self, num_tokens: int) -> int:
+        """Return how many sequences here may come to more tokens."""
+        return int(np.count_nonzero(self._table.max_num_tokens_s[self._is_here_s] > num_tokens))
 
     def can_ever_hold(self, sequence: Sequence) -> bool:
         return sequence.max_num_tokens <= self.num_tokens
@@ -113,12 +135,18 @@ class LaneRoom:
             sequence.num_computed = len(known) * self.page_size
         sequence.lane = self.lane
         self._insert(sequence)
+        bisect.insort(self.filling, sequence, key=lambda one: one.index)
         self._grow(sequence, self._num_pages_for(sequence) - len(known))
 
     def note_computed(self, sequence: Sequence) -> None:
         """Let others share the full pages of what is planned of a sequence's known tokens."""
         if self._known is not None:
             self._note_known(sequence, min(sequence.num_computed, len(sequence.token_ids)))
+
+    def end_filling(self, sequence: Sequence) -> None:
+        """Learn that the whole prompt of a sequence is planned."""
+        sequence.is_decoding = True
+        self.filling.remove(sequence)
 
     def reserve(self, sequence: Sequence) -> list[int]:
         """Return pages for a sequence that is on its way from the other lane."""
@@ -141,12 +169,17 @@ class LaneRoom:
 
     def leave(self, sequence: Sequence) -> None:
         """Let a sequence go, and its pages with it."""
+        assert sequence.slot is not None
         if self._known is not None:
             # Nor is the last token's KV whole, where it was under way when its cohort was dropped.
             num_whole = min(sequence.num_computed, len(sequence.token_ids) - 1)
             self._note_known(sequence, num_whole)
             self._known_until.pop(sequence, None)
+        self.decoding.discard(sequence.slot)
+        self._is_here_s[sequence.slot] = False
         self.sequences.remove(sequence)
+        if not sequence.is_decoding:
+            self.filling.remove(sequence)
         self.pool.release(reversed(sequence.pages))  # so that the first ones are kept longest
         sequence.pages, sequence.lane = [], None
 
@@ -167,14 +200,39 @@ class LaneRoom:
         slots_b = np.array([sequence.slot for sequence in sequences], np.int32)
         return self._tables.rows(slots_b, num_tokens)
 
-    def take_step(self, sequences: list[Sequence], num_sweeps: int) -> DecodeBatch:
-        """Plan one more token of sequences whose page for it is there; num_sweeps: the sweep's."""
-        slots_b = np.array([sequence.slot for sequence in sequences], np.int32)
-        positions_b = np.array([sequence.num_computed for sequence in sequences], np.int32)
+    def grow_rows(self) -> list[Sequence]:
+        """Give each that decodes a page for its next token; return those for whom none was left.
+
+        The oldest come first.
+        """
+        rows = self.decoding.rows
+        needing_i = (~self._has_page(rows)).nonzero()[0]
+        given_i, lacking_i = needing_i[: self.pool.num_free], needing_i[self.pool.num_free :]
+        if len(given_i):
+            pages = self.pool.allocate(len(given_i))
+            self._tables.append(rows.slots_b[given_i], pages)
+            for sequence, page in zip(rows.pick(given_i), pages, strict=True):
+                sequence.pages.append(page)
+        return rows.pick(lacking_i)
+
+    def rows_with_page(self) -> RowSet:
+        """Return those that decode and can take a step now, oldest first."""
+        rows = self.decoding.rows
+        has_page_i = self._has_page(rows).nonzero()[0]
+        return rows if len(has_page_i) == len(rows) else rows.choose(self._table, has_page_i)
+
+    def _has_page(self, rows: RowSet) -> Bool[np.ndarray, "b"]:
+        """Return of each whether its next token's KV has a page."""
+        num_pages_b = self._tables.num_pages_s[rows.slots_b]
+        return self._table.num_computed_s[rows.slots_b] < num_pages_b * self.page_size
+
+    def take_step(self, rows: RowSet, num_sweeps: int) -> DecodeBatch:
+        """Plan one more token of rows whose page for it is there; num_sweeps: the sweep's."""
+        table, slots_b = self._table, rows.slots_b
+        positions_b = table.num_computed_s[slots_b]
+        table.num_computed_s[slots_b] = positions_b + 1
+        table.last_step_s[slots_b] = num_sweeps
         table_bm = self._tables.rows(slots_b, int(positions_b.max()) + 1)
-        for sequence in sequences:
-            sequence.num_computed += 1
-            sequence.last_step = num_sweeps
         return DecodeBatch(slots_b, positions_b, table_bm)
 
     def pages_of(self, sequences: list[Sequence]) -> Counter[int]:
@@ -225,6 +283,8 @@ class LaneRoom:
         )
 
     def _insert(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._is_here_s[sequence.slot] = True
         bisect.insort(self.sequences, sequence, key=lambda one: one.index)
 
     def _grow(self, sequence: Sequence, count: int) -> None:

@@ -62,8 +62,8 @@ class Movement:
             return []
         moves: list[Move] = []
         num_left = MAX_PROMOTIONS - self._num_to(Lane.DEVICE)
-        for sequence in list(host.sequences):
-            if not sequence.is_ready or not device.can_ever_hold(sequence):
+        for sequence in host.decoding.rows.sequences:
+            if not device.can_ever_hold(sequence):
                 continue
             if num_left == 0 or not device.has_row() or not device.has_pages(sequence):
                 if self._residency.stats.num_sweeps - sequence.last_step > PATIENCE_SWEEPS:
@@ -79,7 +79,7 @@ class Movement:
         while room.pool.num_free == 0 and sequence.lane is Lane.DEVICE:
             # Who arrives meanwhile is the newest, but not here yet.
             is_arriving = self._num_to(Lane.DEVICE) > 0
-            if is_arriving or any(one.is_fully_planned or one.is_moving for one in room.sequences):
+            if is_arriving or room.is_anyone_full or any(one.is_moving for one in room.sequences):
                 break
             newest = room.sequences[-1]
             if self._can_demote(newest):
@@ -115,6 +115,7 @@ class Movement:
         else:
             source.leave(sequence)
             target.arrive(sequence, moving.pages)
+            target.decoding.update(sequence)
 
     def reserved_pages(self) -> dict[Lane, Counter[int]]:
         """Return the pages in each lane of those who are on their way there."""
@@ -136,12 +137,14 @@ class Movement:
         device, host = self._residency.device, self._residency.host
         assert host is not None
         is_promotion = direction is Direction.PROMOTION
-        pages = (device if is_promotion else host).reserve(sequence)
+        source, target = (host, device) if is_promotion else (device, host)
+        pages = target.reserve(sequence)
         num_pages = num_pages_for(sequence.num_computed, self._page_size)
         source_i = np.array(sequence.pages[:num_pages], np.int32)
         target_i = np.array(pages[:num_pages], np.int32)
         move_id = next(self._move_ids)
         self._moving[move_id] = _Moving(sequence, direction, pages)
         sequence.is_moving = True
+        source.decoding.update(sequence)
         device_i, host_i = (target_i, source_i) if is_promotion else (source_i, target_i)
         return Move(move_id, direction, device_i, host_i)

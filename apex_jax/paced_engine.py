@@ -121,11 +121,16 @@ class PacedPlan:
         )
 
     def loop(
-        self, backend: Backend, policy: Policy, monitor: StageMonitor | None = None
+        self,
+        backend: Backend,
+        policy: Policy,
+        *,
+        reuses_prefixes: bool = False,
+        monitor: StageMonitor | None = None,
     ) -> SweepLoop:
         """Return a loop of one strategy over a backend that no other loop uses at the time.
 
-        monitor: as SweepLoop.create takes it.
+        reuses_prefixes, monitor: as SweepLoop.create takes them.
         """
         scheduler = self.config.scheduler
         return SweepLoop.create(
@@ -141,6 +146,7 @@ class PacedPlan:
             max_model_len=self.max_model_len,
             vocab_size=self.model.vocab_size,
             watchdog_sec=scheduler.watchdog_sec,
+            reuses_prefixes=reuses_prefixes,
             monitor=monitor,
         )
 

@@ -91,15 +91,25 @@ class PagePool:
 
 
 class BlockTables:
-    """The pages of each slot's sequence, in order."""
+    """The pages of each slot's sequence, in order.
+
+    num_pages_s: how many there are.
+    """
 
     def __init__(self, num_slots: int, max_pages_per_sequence: int, page_size: int):
         self.page_size = page_size
+        self.num_pages_s = np.zeros(num_slots, np.int32)
         self._table = np.zeros((num_slots, max_pages_per_sequence), np.int32)
 
     def set(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write `pages` from entry `first` of the slot's row on."""
+        self.num_pages_s[slot] = first + len(pages)
         self._table[slot, first : first + len(pages)] = pages
+
+    def append(self, slots_b: Int32[np.ndarray, "b"], pages: Sequence[int]) -> None:
+        """Write a page more in each slot's row."""
+        self._table[slots_b, self.num_pages_s[slots_b]] = pages
+        self.num_pages_s[slots_b] += 1
 
     def rows(self, slots_b: Int32[np.ndarray, "b"], num_tokens: int) -> Int32[np.ndarray, "b m"]:
         """Return a snapshot of the slots' rows, wide enough for `num_tokens` tokens each."""

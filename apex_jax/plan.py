@@ -11,10 +11,41 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt32
+from jaxtyping import Float32, Int32, Shaped, UInt32
 
 from apex_jax.modifiers import ModifierBatch, RowChanges
 from apex_jax.request import SamplingParams, TokenLogprobs
+
+# How a row's token is chosen, as far as the device is told with every token.
+SAMPLING = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("seed", np.uint32, 2),
+        ("wants_logprobs", np.bool_),
+    ]
+)
+
+
+def sampling_columns(sampling: Sequence[SamplingParams]) -> Shaped[np.ndarray, "b"]:
+    """Return the parameters of some rows, of dtype SAMPLING."""
+    return np.array(
+        [
+            (
+                params.temperature,
+                # No vocabulary is larger than an int32, so a larger k cuts nothing either.
+                min(params.top_k, 2**31 - 1),
+                params.top_p,
+                params.min_p,
+                divmod(params.seed % 2**64, 2**32),
+                params.logprobs is not None,
+            )
+            for params in sampling
+        ],
+        SAMPLING,
+    )
 
 
 @dataclass(frozen=True)
@@ -94,21 +125,34 @@ class HeadBatch:
         changes: Sequence[RowChanges | None] | None = None,
     ) -> "HeadBatch":
         """Return the head of some rows; `changes` where any row may have some."""
-        seeds = np.array([params.seed % 2**64 for params in sampling], np.uint64)
+        return HeadBatch.of_columns(
+            np.array(rows, np.int32),
+            np.array(slots, np.int32),
+            np.array(positions, np.int32),
+            sampling_columns(sampling),
+            None if changes is None else ModifierBatch.of(rows, changes),
+        )
+
+    @staticmethod
+    def of_columns(
+        rows_b: Int32[np.ndarray, "b"],
+        slots_b: Int32[np.ndarray, "b"],
+        positions_b: Int32[np.ndarray, "b"],
+        sampling_b: Shaped[np.ndarray, "b"],
+        modifiers: ModifierBatch | None,
+    ) -> "HeadBatch":
+        """Return the head of some rows; sampling_b: of dtype SAMPLING."""
         return HeadBatch(
-            rows_b=np.array(rows, np.int32),
-            slots_b=np.array(slots, np.int32),
-            positions_b=np.array(positions, np.int32),
-            temperatures_b=np.array([params.temperature for params in sampling], np.float32),
-            # No vocabulary is larger than an int32, so a larger k cuts nothing either.
-            top_ks_b=np.array([min(params.top_k, 2**31 - 1) for params in sampling], np.int32),
-            top_ps_b=np.array([params.top_p for params in sampling], np.float32),
-            min_ps_b=np.array([params.min_p for params in sampling], np.float32),
-            seeds_b2=np.stack([seeds >> np.uint64(32), seeds & np.uint64(2**32 - 1)], axis=1)
-            .astype(np.uint32)
-            .reshape(-1, 2),
-            wants_logprobs=any(params.logprobs is not None for params in sampling),
-            modifiers=None if changes is None else ModifierBatch.of(rows, changes),
+            rows_b=rows_b,
+            slots_b=slots_b,
+            positions_b=positions_b,
+            temperatures_b=sampling_b["temperature"],
+            top_ks_b=sampling_b["top_k"],
+            top_ps_b=sampling_b["top_p"],
+            min_ps_b=sampling_b["min_p"],
+            seeds_b2=sampling_b["seed"],
+            wants_logprobs=bool(np.count_nonzero(sampling_b["wants_logprobs"])),
+            modifiers=modifiers,
         )
 
 

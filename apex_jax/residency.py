@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from apex_jax.lanes import LaneRoom
 from apex_jax.sequence import Lane, Sequence
+from apex_jax.slot_table import SlotTable
 
 
 @dataclass
@@ -42,11 +43,11 @@ class Residency:
     waiting: by index, so that a pre-empted one goes on first. host: None without a host lane.
     """
 
-    def __init__(self, device: LaneRoom, host: LaneRoom | None, num_slots: int):
-        self.device, self.host, self.num_slots = device, host, num_slots
+    def __init__(self, device: LaneRoom, host: LaneRoom | None, table: SlotTable):
+        self.device, self.host, self.table, self.num_slots = device, host, table, table.num_slots
         self.waiting: list[Sequence] = []
         self.stats = SchedulerStats()
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._free_slots = list(range(self.num_slots - 1, -1, -1))
 
     @property
     def rooms(self) -> list[LaneRoom]:
@@ -62,7 +63,7 @@ class Residency:
     def admit(self, sequence: Sequence, room: LaneRoom) -> None:
         """Give a slot and a lane to a sequence that waited."""
         self.waiting.remove(sequence)
-        sequence.slot = self._free_slots.pop()
+        sequence.enter_slot(self.table, self._free_slots.pop())
         room.enter(sequence)
         self.stats.num_admitted_tokens += len(sequence.token_ids)
         self.stats.num_reused_tokens += sequence.num_computed
@@ -70,7 +71,7 @@ class Residency:
     def preempt(self, sequence: Sequence) -> None:
         """Send a running sequence back to wait; its KV is recomputed later."""
         self._vacate(sequence)
-        sequence.is_decoding, sequence.num_computed = False, 0
+        sequence.is_decoding = False
         sequence.num_preemptions += 1
         self.stats.num_preemptions += 1
         bisect.insort(self.waiting, sequence, key=lambda one: one.index)
@@ -86,12 +87,10 @@ class Residency:
 
     def _vacate(self, sequence: Sequence) -> None:
         """Take pages and slot from a sequence."""
-        assert sequence.slot is not None
         room = self.device if sequence.lane is Lane.DEVICE else self.host
         assert room is not None
         room.leave(sequence)
-        self._free_slots.append(sequence.slot)
-        sequence.slot = None
+        self._free_slots.append(sequence.leave_slot())
 
     def count_sweep(self) -> None:
         """Count a planned sweep, and what is in use now."""
@@ -113,7 +112,7 @@ class Residency:
         return f"{rooms}, {len(self.waiting)} waiting, {num_free} of {self.num_slots} slots free"
 
     def check_ledger(self, arriving: Mapping[Lane, Counter[int]]) -> None:
-        """Raise RuntimeError unless pages and slots in use are exactly the live sequences'.
+        """Raise RuntimeError unless pages, rows and slots are exactly the live sequences'.
 
         arriving: pages in each lane of those who are on their way there.
         """
@@ -124,6 +123,9 @@ class Residency:
                 raise RuntimeError(
                     f"{room.lane} pages in use {room.pool.references()}, accounted for {pages}"
                 )
+            ready = [sequence.index for sequence in room.sequences if sequence.is_ready]
+            if ready != room.decoding.rows.owners_b.tolist():
+                raise RuntimeError(f"{room.lane} rows {room.decoding.rows.owners_b}, ready {ready}")
         slots = [sequence.slot for sequence in self if sequence.slot is not None]
         if sorted(slots + self._free_slots) != list(range(self.num_slots)):
             raise RuntimeError(f"slots in use {sorted(slots)}, free {sorted(self._free_slots)}")

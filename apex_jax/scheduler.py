@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from apex_jax.buckets import Buckets, fullest_chunk
+from apex_jax.decode_rows import RowSet
 from apex_jax.flight import Flight
 from apex_jax.host_rows import HostRows
 from apex_jax.lanes import LaneRoom
@@ -23,6 +24,7 @@ from apex_jax.policies import DeviceOnly, Policy
 from apex_jax.request import FinishReason, Request, RequestError, RequestOutput
 from apex_jax.residency import Residency, SchedulerStats
 from apex_jax.sequence import Lane, Sequence
+from apex_jax.slot_table import SlotTable
 
 # Requests that wait for what another one is computing, before nobody behind them is looked at.
 MAX_PASSED_OVER = 32
@@ -59,6 +61,7 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self.num_slots = max_requests + max_host_requests
+        table = SlotTable(self.num_slots, max_model_len)
 
         def make_room(lane: Lane, lane_pages: int, lane_requests: int) -> LaneRoom:
             return LaneRoom(
@@ -67,13 +70,13 @@ class Scheduler:
                 page_size=self.page_size,
                 max_requests=lane_requests,
                 max_model_len=max_model_len,
-                num_slots=self.num_slots,
+                table=table,
                 reuses_prefixes=reuses_prefixes,
             )
 
         device = make_room(Lane.DEVICE, num_pages, max_requests)
         host = make_room(Lane.HOST, num_host_pages, max_host_requests) if has_host else None
-        self._residency = Residency(device, host, self.num_slots)
+        self._residency = Residency(device, host, table)
         self._movement = Movement(self._residency, self._policy, self.page_size)
         self._host_rows: HostRows | None = None
         if host is not None and buckets.host is not None:
@@ -117,12 +120,12 @@ class Scheduler:
 
     def requests_by_group(self) -> dict[str, list[str]]:
         """Return the request ids in the device lane and in each cohort, for the timeline."""
-        groups = {f"cohort {number}": rows for number, rows in self._cohorts.items()}
+        groups = {f"cohort {number}": rows.sequences for number, rows in self._cohorts.items()}
         groups["device"] = self._residency.device.sequences
         return {name: [one.request.request_id for one in rows] for name, rows in groups.items()}
 
     @property
-    def _cohorts(self) -> dict[int, list[Sequence]]:
+    def _cohorts(self) -> dict[int, RowSet]:
         return {} if self._host_rows is None else self._host_rows.cohorts
 
     def submit(self, request: Request, now_sec: float) -> None:
@@ -157,7 +160,6 @@ class Scheduler:
                 request=request,
                 stop_token_ids=stops,
                 arrival_sec=now_sec,
-                token_ids=list(prompt),
                 modifiers=Modifiers.of(sampling, prompt, stops),
             )
         )
@@ -166,7 +168,7 @@ class Scheduler:
         """Drop a request without a result; False where there is none of that name."""
         for sequence in self._residency:
             if sequence.request.request_id == request_id and sequence.finish_reason is None:
-                sequence.finish_reason = FinishReason.CANCELLED
+                sequence.finish(FinishReason.CANCELLED)
                 self._num_unfinished -= 1
                 self._residency.vacate_if_over(sequence)
                 return True
@@ -182,7 +184,7 @@ class Scheduler:
         decoding = self._grow_rows(moves)
         moves += self._movement.promote()
         prefilling, chunk_tokens = self._choose_prefilling()
-        flight = Flight()
+        flight = Flight(self._residency.table)
         prefill, prefill_head = self._plan_prefill(prefilling, chunk_tokens, flight)
         cohorts, host_prefill = (), None
         if host is not None:
@@ -221,21 +223,21 @@ class Scheduler:
         if sampled.prompts:  # a backend that only predicts has none
             for (sequence, start), of_chunk in zip(flight.scored, sampled.prompts, strict=True):
                 sequence.take_prompt(start, of_chunk)
-        tokens: list[int] = sampled.tokens_b.tolist()
-        logprobs = sampled.logprobs or (None,) * len(tokens)
-        for (sequence, lane), token, of_token in zip(flight.sampled, tokens, logprobs, strict=True):
-            sequence.num_unread -= 1
-            if sequence.finish_reason is not None:
-                continue  # the surplus token of a sweep planned before the stop token was read
-            sequence.append(token, now_sec, of_token)
-            self.stats.num_output_tokens += 1
-            if lane is Lane.HOST:
-                sequence.num_host_tokens += 1
-                self.stats.num_host_tokens += 1
-            if sequence.finish_reason is not None:
+        first = 0
+        for rows in flight.sampled:
+            part = slice(first, first + len(rows.places_b))
+            first = part.stop
+            num_read, ended = rows.read(
+                flight.table, sampled.tokens_b[part], sampled.logprobs[part], now_sec
+            )
+            self.stats.num_output_tokens += num_read
+            if rows.lane is Lane.HOST:
+                self.stats.num_host_tokens += num_read
+            for sequence in ended:
                 outputs.append(sequence.output())
                 self._num_unfinished -= 1
                 self._residency.vacate_if_over(sequence)
+        assert first == len(sampled.tokens_b)
         return outputs
 
     def describe(self) -> str:
@@ -251,27 +253,24 @@ class Scheduler:
 
     # Device rows
 
-    def _grow_rows(self, moves: list[Move]) -> list[Sequence]:
-        """Return the sequences that decode on the device, each with a page for its next token."""
-        device, ready = self._residency.device, list[Sequence]()
-        for sequence in list(device.sequences):  # oldest first
+    def _grow_rows(self, moves: list[Move]) -> RowSet:
+        """Return the rows that decode on the device, each with a page for its next token."""
+        device = self._residency.device
+        for sequence in device.grow_rows():  # oldest first
             if not sequence.is_ready:
-                continue
-            if device.needs_page(sequence):
-                moves += self._movement.make_room(sequence)
-                # It may have been driven out itself, or wait for the page of one who leaves.
-                if sequence.lane is not Lane.DEVICE or sequence.is_moving:
-                    continue
-                if not device.grow(sequence):
-                    continue
-            ready.append(sequence)
-        return ready
+                continue  # it was driven out meanwhile
+            moves += self._movement.make_room(sequence)
+            if sequence.lane is not Lane.DEVICE or sequence.is_moving:
+                continue  # it has been driven out itself
+            if not device.grow(sequence):
+                break  # it and those behind it wait for the pages of one who leaves
+        return device.rows_with_page()
 
     def _choose_prefilling(self) -> tuple[list[Sequence], int]:
         """Return the sequences whose prompt goes on in this sweep, and the chunk length."""
         max_rows = max(rows for rows, _ in self._chunks)
         device, kept_for = self._residency.device, self._movement.kept_for
-        candidates = [one for one in device.sequences if one.num_unfilled][:max_rows]
+        candidates = device.filling[:max_rows]
         admissible: list[Sequence] = []
         num_passed_over = 0
         for sequence in self._residency.waiting if self._policy.uses_device_lane else ():
@@ -315,7 +314,7 @@ class Scheduler:
             sequence.num_computed += length
             self._residency.device.note_computed(sequence)
             if sequence.num_unfilled == 0:
-                sequence.is_decoding = True
+                self._residency.device.end_filling(sequence)
                 finishing.append(row)
         self.stats.num_prefilled_tokens += sum(lengths)
         longest = max(start + length for start, length in zip(starts, lengths, strict=True))
@@ -327,12 +326,21 @@ class Scheduler:
         )
         targets = flight.add_targets(batch, sequences)
         finished = [sequences[row] for row in finishing]
-        return batch, flight.add_head(finishing, finished, targets)
+        rows = RowSet.of(flight.table, finished)
+        head = flight.add_head(np.array(finishing, np.int32), rows, targets)
+        for sequence in finished:
+            self._residency.device.decoding.update(sequence)
+        return batch, head
 
     def _plan_decode(
-        self, sequences: list[Sequence], flight: Flight
+        self, rows: RowSet, flight: Flight
     ) -> tuple[DecodeBatch | None, HeadBatch | None]:
-        if not sequences:
+        if not len(rows):
             return None, None
-        batch = self._residency.device.take_step(sequences, self.stats.num_sweeps)
-        return batch, flight.add_head(range(len(sequences)), sequences)
+        device, table = self._residency.device, flight.table
+        batch = device.take_step(rows, self.stats.num_sweeps)
+        head = flight.add_head(np.arange(len(rows), dtype=np.int32), rows)
+        is_full_b = table.num_tokens_s[rows.slots_b] >= table.max_num_tokens_s[rows.slots_b]
+        if np.count_nonzero(is_full_b):
+            device.decoding.discard(rows.slots_b[is_full_b])
+        return batch, head

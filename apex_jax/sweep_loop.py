@@ -55,13 +55,13 @@ class SweepLoop:
         max_model_len: int,
         vocab_size: int,
         watchdog_sec: float,
+        reuses_prefixes: bool = False,
         monitor: StageMonitor | None = None,
     ) -> "SweepLoop":
         """Return a loop of one strategy; what concerns the host counts where the policy has one.
 
-        Prefixes are not reused: strategies are compared over the same prompts. shapes: with those
-        of a host lane, if any policy has one. monitor: learns from what sweeps took; whoever gives
-        it reports the stages to it.
+        shapes: with those of a host lane, if any policy has one. reuses_prefixes: as the scheduler
+        has it. monitor: learns from what sweeps took; whoever gives it reports the stages to it.
         """
         has_host = policy.max_cohorts > 0
         scheduler = Scheduler(
@@ -75,6 +75,7 @@ class SweepLoop:
             policy=policy,
             num_host_pages=num_host_pages if has_host else 0,
             max_host_requests=max_host_requests if has_host else 0,
+            reuses_prefixes=reuses_prefixes,
         )
         dispatch = Dispatch(
             backend,

@@ -212,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         print(f"error: {argv[1]!r} is no flag; values are given as --name=value", file=sys.stderr)
         return 2
-    num_requests = values.num_requests
+    num_requests, found = values.num_requests, environment()
     try:
         samples, command = run(num_requests, values.strategy, values.max_requests, values.seed)
         summary = summarize(samples, num_requests)
@@ -226,7 +226,7 @@ def main(argv: Sequence[str]) -> int:
         "output_tokens": OUTPUT_TOKENS,
         "job": command[1:],
         **summary,
-        "environment": environment(),
+        "environment": found,
     }
     results = ResultFile(Path(values.output), header, budget_sec=math.inf)
     results.measure("parts", lambda: parts(samples, num_requests))

@@ -19,16 +19,18 @@ GAIN_STEPS = (1.02, 1.1, 1.25, 1.5)
 
 
 class Cells(NamedTuple):
-    """What a panel shows: a value for each context (line) and host bandwidth (column)."""
+    """What a panel shows: a value for each line (a number of tokens) and host bandwidth."""
 
     title: str
     values: dict[tuple[int, float], float]
     form: str
     color: Callable[[float], str]
+    line_name: str = "context"
+    of_host: str = "of a host with 256 GB/s"
 
     @property
-    def contexts(self) -> list[int]:
-        return sorted({context for context, _ in self.values})
+    def lines(self) -> list[int]:
+        return sorted({line for line, _ in self.values})
 
     @property
     def scales(self) -> list[float]:
@@ -47,9 +49,20 @@ def gains(rows: Sequence[Row]) -> Cells:
     return Cells(title, _by_cell(rows, _median_gain), "{:.2f}", _gain_color)
 
 
+def job_gains(rows: Sequence[Row]) -> Cells:
+    """Return what apex gains in whole jobs (rows of simulate_jobs), by their output length."""
+    found: dict[tuple[int, float], list[float]] = {}
+    for row in rows:
+        cell = row["output_tokens"], row["host_bandwidth_scale"]
+        found.setdefault(cell, []).append(row["to_device_only"])
+    values = {cell: statistics.median(ratios) for cell, ratios in found.items()}
+    title = "Median rate of apex over device_only in whole jobs"
+    return Cells(title, values, "{:.2f}", _gain_color, "output", "of a host with 410 GB/s")
+
+
 def draw_panel(cells: Cells) -> Picture:
     """Return one panel."""
-    height = TOP + CELL_HEIGHT * len(cells.contexts) + 24
+    height = TOP + CELL_HEIGHT * len(cells.lines) + 24
     return Picture(WIDTH, height, list(_panel(cells, 0)), cells.title)
 
 
@@ -59,24 +72,24 @@ def draw_grid(rows: Sequence[Row]) -> str:
     for index, cells in enumerate(both):
         x = (WIDTH + 20) * index
         body += [text(x + 8, 16, cells.title, 'font-size="11"'), *_panel(cells, x)]
-    height = TOP + CELL_HEIGHT * len(both[0].contexts) + 24
+    height = TOP + CELL_HEIGHT * len(both[0].lines) + 24
     title = "Where fixed hybrids lose, and what apex gains"
     return Picture(2 * WIDTH + 20, height, body, title).to_file()
 
 
 def _panel(cells: Cells, left: float) -> Iterator[str]:
     corner = left + LEFT
-    yield text(corner - 8, TOP - 8, "context", 'class="muted" text-anchor="end"')
-    bottom = TOP + CELL_HEIGHT * len(cells.contexts) + 16
-    yield text(corner, bottom, "host bandwidth, of a host with 256 GB/s", 'class="muted"')
+    yield text(corner - 8, TOP - 8, cells.line_name, 'class="muted" text-anchor="end"')
+    bottom = TOP + CELL_HEIGHT * len(cells.lines) + 16
+    yield text(corner, bottom, f"host bandwidth, {cells.of_host}", 'class="muted"')
     for column, scale in enumerate(cells.scales):
         x = corner + (column + 0.5) * CELL_WIDTH
         yield text(x, TOP - 8, f"x{scale:g}", 'text-anchor="middle"')
-    for line, context in enumerate(cells.contexts):
-        y = TOP + CELL_HEIGHT * line
-        yield text(corner - 8, y + 19, f"{context:,}", 'text-anchor="end"')
+    for index, line in enumerate(cells.lines):
+        y = TOP + CELL_HEIGHT * index
+        yield text(corner - 8, y + 19, f"{line:,}", 'text-anchor="end"')
         for column, scale in enumerate(cells.scales):
-            value = cells.values.get((context, scale))
+            value = cells.values.get((line, scale))
             if value is None:
                 continue
             x = corner + column * CELL_WIDTH

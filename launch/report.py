@@ -35,6 +35,7 @@ KINDS = (
     ),
     Kind("launch.simulate_paper", page_simulated.is_paper, page_simulated.paper_section),
     Kind("launch.simulate", page_simulated.is_job, page_simulated.jobs_section),
+    Kind("launch.simulate_jobs", page_grid.is_job_grid, page_grid.job_grid_section),
     Kind("launch.simulate_grid", page_grid.is_grid, page_grid.grid_section),
     Kind("launch.bench_strategies", page_measured.is_strategies, page_measured.strategies_section),
     Kind("launch.long_job", page_long_job.is_long_job, page_long_job.long_job_section),

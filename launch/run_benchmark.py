@@ -1,13 +1,13 @@
 """Compare strategies on one workload: throughput, latencies, goodput, and what was predicted.
 
     python -m launch.run_benchmark --config=configs/demo.py --requests=my_prompts.jsonl \
-        --strategies=device_only,apex --output=runs/mine.json
+        --strategies=device_only,apex --output=runs/mine.json --page=runs/mine
     python -m launch.run_benchmark --backend=simulated --device_profile=t4 --host_profile=paper_t4 \
         --config=configs/llama_2_7b.py --workload=runs/azure_conv.jsonl --request_rates=own,1,2 \
         --ttft_sec=10 --tpot_sec=0.5 --output=runs/t4.json
 
 All strategies take turns on the same hardware, weights and budgets. Writes OUTPUT.json, .csv and
-.md. Formulas and rules: docs/benchmarks.md.
+.md, and with --page=FOLDER a page with plots. Formulas and rules: docs/benchmarks.md.
 
 Exit status: 0 all runs are ok; 1 some failed, and are rows with the reason; 2 refused.
 """
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -46,13 +47,20 @@ from launch.comparison.workload_file import Workload, read_workload, write_workl
 from launch.conditions import device_profile, host_profile
 from launch.environment import environment
 from launch.make_workload import import_batch
+from launch.measuring import measure_bandwidth
+from launch.report import report
 from launch.shared_engine import use_two_cpu_devices
 from launch.starting import prepare_jax
 from launch.strategy_names import settings_of
 
 OWN = "own"  # a rate's name: arrivals as the workload has them
 FIRST_GUESS = HOSTS["epyc_1_thread"]  # of a paced run's host, until it is timed
-BACKENDS = ("xla", "paced", "simulated")
+# What each backend must be told of; the rest of it is real.
+PROFILES = {
+    "xla": (),
+    "paced": ("device_profile",),
+    "simulated": ("device_profile", "host_profile"),
+}
 
 
 def define_flags() -> flags.FlagHolder:
@@ -60,7 +68,9 @@ def define_flags() -> flags.FlagHolder:
     flags.DEFINE_string("workload", None, "File of launch.make_workload.")
     flags.DEFINE_string("requests", None, "Instead: prompts as launch.generate takes them.")
     flags.DEFINE_list("strategies", ["device_only", "apex"], "By name; passes_4 may pass 4 layers.")
-    flags.DEFINE_enum("backend", "xla", BACKENDS, "Real; a described device; that and its host.")
+    flags.DEFINE_enum(
+        "backend", "xla", list(PROFILES), "Real; a described device; that and its host."
+    )
     flags.DEFINE_string("device_profile", None, "For paced and simulated: such as t4.")
     flags.DEFINE_string("host_profile", None, "For simulated: such as paper_t4.")
     flags.DEFINE_list("request_rates", [OWN], "Requests a second; own: the workload's arrivals.")
@@ -72,6 +82,7 @@ def define_flags() -> flags.FlagHolder:
     )
     flags.DEFINE_float("budget_sec", 3600.0, "After this time no further turn begins.", 0.0)
     flags.DEFINE_string("output", "runs/benchmark.json", "Result file; .csv and .md lie beside it.")
+    flags.DEFINE_string("page", None, "Folder for a page with plots, as launch.report makes it.")
     return config_flags.DEFINE_config_file("config", help_string="Of the model, as for a job.")
 
 
@@ -80,6 +91,10 @@ def make_turns(values: Any, config: Config) -> Turns:
     systems = {name: settings_of(name, config.scheduler) for name in values.strategies}
     if not systems:
         raise ConfigError("--strategies is empty; name one, or better two")
+    given = {flag for flag in ("device_profile", "host_profile") if getattr(values, flag)}
+    if given != set(PROFILES[values.backend]):
+        needs = " and ".join(f"--{flag}" for flag in PROFILES[values.backend]) or "no profile"
+        raise ConfigError(f"--backend={values.backend} takes {needs}")
     if (values.ttft_sec is None) != (values.tpot_sec is None):
         raise ConfigError("--ttft_sec and --tpot_sec go together: goodput keeps both")
     bounds = None if values.ttft_sec is None else Bounds(values.ttft_sec, values.tpot_sec)
@@ -132,7 +147,8 @@ def settle(config: Config, turns: Turns, workload: Workload) -> Config:
     limit = scheduler.max_model_len
     scheduler.max_model_len = min(workload.longest, limit or workload.longest)
     model = dataclasses.replace(config.model, architecture=_shape(config))
-    return dataclasses.replace(config, scheduler=scheduler, model=model)
+    host = dataclasses.replace(config.host)
+    return dataclasses.replace(config, scheduler=scheduler, model=model, host=host)
 
 
 def _shape(config: Config) -> LlamaConfig:
@@ -145,13 +161,6 @@ def _shape(config: Config) -> LlamaConfig:
 
 def make_hardware(values: Any, config: Config, workload: Workload, name: str) -> Hardware:
     """Return what strategies take turns on; ConfigError where it cannot be had."""
-    described = [flag for flag in ("device_profile", "host_profile") if getattr(values, flag)]
-    wanted = {"xla": [], "paced": ["device_profile"], "simulated": ["device_profile"]}
-    if values.backend == "simulated":
-        wanted["simulated"].append("host_profile")
-    if described != wanted[values.backend]:
-        needs = " and ".join(f"--{flag}" for flag in wanted[values.backend]) or "no profile"
-        raise ConfigError(f"--backend={values.backend} takes {needs}")
     if values.backend == "simulated":
         device, host = device_profile(values.device_profile), host_profile(values.host_profile)
         return simulated(config, device, host, name)
@@ -165,24 +174,44 @@ def make_hardware(values: Any, config: Config, workload: Workload, name: str) ->
     return RealHardware(config, lambda line: print(line, file=sys.stderr, flush=True))
 
 
-def separate_cores(config: Config) -> None:
-    """On a CPU that stands in for a device, give either lane cores of its own."""
+def leave_the_first_core(config: Config) -> None:
+    """Keep the host op off the first core, which is the stand-in's for a device, or Python's."""
     cpus = sorted(os.sched_getaffinity(0))
-    use_two_cpu_devices(one_core_each=len(cpus) > 1)
     if len(cpus) > 1 and not config.host.cpus and config.host.threads is None:
-        config.host.cpus = ",".join(map(str, cpus[1:]))  # the first is the stand-in's
+        config.host.cpus = ",".join(map(str, cpus[1:]))
         config.host.threads = len(cpus) - 1
 
 
-def read_bandwidth() -> float:
-    """Return bytes per second that one thread of this machine reads in order: the best of 5."""
-    numbers = np.ones(2**25)  # 256 MiB, more than a cache holds
+def _start_jax(config: Config) -> jax.Device:
+    """Return the device; a CPU that was asked for is divided between it and the host's lane."""
+    prepare_jax(config)
+    if config.device.platform != "cpu":
+        return jax.devices()[0]
+    leave_the_first_core(config)
+    use_two_cpu_devices(one_core_each=len(os.sched_getaffinity(0)) > 1)
+    return jax.devices("cpu")[0]
+
+
+def host_bandwidth(num_bytes: int = 2**28) -> float:
+    """Return bytes per second that one thread of this machine reads in order: the best of 5.
+
+    num_bytes: that are read, more than a cache holds.
+    """
+    numbers = np.ones(num_bytes // 8)
     seconds: list[float] = []
     for _ in range(5):
         begin_sec = time.perf_counter()
         numbers.sum()
         seconds.append(time.perf_counter() - begin_sec)
     return numbers.nbytes / min(seconds)
+
+
+def bandwidths(device: jax.Device | None) -> dict[str, float]:
+    """Return bytes per second of the memories, measured before anything is in them."""
+    measured = {"host_bytes_per_sec_of_one_thread": host_bandwidth()}
+    if device is not None and device.platform == "gpu":
+        _, measured["device_bytes_per_sec"] = measure_bandwidth(device, smoke=False)
+    return measured
 
 
 def make_header(
@@ -192,19 +221,14 @@ def make_header(
     used: WorkloadUsed,
     hardware: Hardware | None,
     name: str,
+    facts: dict[str, Any],
 ) -> ResultHeader:
-    """Return the header; hardware: None where there could be none."""
+    """Return the header; hardware: None where there could be none. facts: of the machine."""
     baseline = "device_only" if "device_only" in turns.systems else next(iter(turns.systems))
-    device = None
-    if values.backend == "xla":
-        import jax
-
-        device = jax.devices("cpu" if config.device.platform == "cpu" else None)[0]
-    measured = {"read_bytes_per_sec_of_one_thread": read_bandwidth()}
     return ResultHeader(
         format=FORMAT,
         what=f"{', '.join(turns.systems)} on {used.header.name}",
-        environment=environment(device) | {"measured": measured},
+        environment=facts,
         workload=used,
         model=hardware.model if hardware else ModelUsed(name, config.model.dtype, None),
         backend=values.backend,
@@ -217,6 +241,7 @@ def make_header(
             "max_prefill_tokens": config.scheduler.max_prefill_tokens,
             "max_model_len": config.scheduler.max_model_len,
             "page_size": config.cache.page_size,
+            "prefix_reuse": config.cache.prefix_reuse,
             "layers_per_program": hardware.layers_per_program if hardware else None,
             "host_threads": config.host.threads,
             "host_cpus": config.host.cpus,
@@ -240,10 +265,10 @@ def run(values: Any, config: Config, name: str) -> int:
     turns = make_turns(values, config)
     file, workload = load_workload(values, config)
     config = settle(config, turns, workload)
-    if values.backend == "xla":
-        if config.device.platform == "cpu":
-            separate_cores(config)
-        prepare_jax(config)
+    device = _start_jax(config) if values.backend == "xla" else None
+    if values.backend == "paced":
+        leave_the_first_core(config)
+    facts = environment(device) | {"measured": bandwidths(device)}
     hardware: Hardware | None = None
     why = ""
     try:
@@ -252,7 +277,8 @@ def run(values: Any, config: Config, name: str) -> int:
         raise
     except Exception as error:  # such as a device that is out of memory
         why = reason(error)
-    header = make_header(values, config, turns, WorkloadUsed(file, workload.header), hardware, name)
+    used = WorkloadUsed(file, workload.header)
+    header = make_header(values, config, turns, used, hardware, name, facts)
     results = ComparisonFile(output, header, values.budget_sec)
     if hardware is None:
         results.measure(lambda: turns.all_failed(why))
@@ -263,6 +289,9 @@ def run(values: Any, config: Config, name: str) -> int:
         hardware.close()
     summary = results.finish()
     print(f"\n{output.with_suffix('.md').read_text()}\nresults in {output}")
+    if values.page is not None:
+        page, *plots = report([output], Path(values.page))[0]
+        print(f"page with {len(plots)} plots in {page}")
     return 1 if results.fault or any(row.num_failed for row in summary) else 0
 
 

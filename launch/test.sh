@@ -12,18 +12,21 @@ check() {
     "$@" || die "failed: $*"
 }
 
-set_up_env dev
-main_python=$env_python
-bin=${main_python%/python}
-
-# The versions of JAX differ between Python 3.11 (0.10) and 3.12 (0.11): the tests pass on both.
-if python_is "$main_python" 3.12; then other=3.11; else other=3.12; fi
+# The versions of JAX differ between Python 3.11 (0.10) and 3.12 (0.11): the tests pass on both. The second
+# environment is made beside the first one and the checks: each of them keeps one core busy.
+python=$(choose_python)
+if python_is "$python" 3.12; then other=3.11; else other=3.12; fi
+background="" log=$(mktemp)
+trap '[[ -z $background ]] || pkill -P "$background" 2>/dev/null || true; rm -f "$log"' EXIT
 if other_python=$(find_python "$other"); then
-    make_env ".venv-$other" "$other_python" test
+    make_env ".venv-$other" "$other_python" test >"$log" 2>&1 &
+    background=$!
 else
     other_python=""
 fi
-second_python=$env_python
+set_up_env dev
+main_python=$env_python
+bin=${main_python%/python}
 
 check "format" "$bin/ruff" format --check --quiet .
 check "lint" "$bin/ruff" check --quiet .
@@ -41,14 +44,15 @@ if [[ -z $other_python ]]; then
     run_tests "$main_python" -m pytest --hypothesis-profile=ci "$@"
     exit
 fi
+status=0
+wait "$background" || status=$?
+cat "$log"
+((status == 0)) || exit "$status"
 # Both at once, for they wait much and two cores are usual; one is shown, the other's output follows. What takes
 # long and does not depend on the versions runs on one of them.
-log=$(mktemp)
 run_tests "$main_python" -m pytest --hypothesis-profile=ci -m "not other_python" "$@" >"$log" 2>&1 &
-main_tests=$!
-trap 'kill "$main_tests" 2>/dev/null || true; rm -f "$log"' EXIT
-status=0
-run_tests "$second_python" -m pytest --hypothesis-profile=ci -m "not main_python" "$@" || status=$?
-wait "$main_tests" || status=$?
+background=$!
+run_tests ".venv-$other/bin/python" -m pytest --hypothesis-profile=ci -m "not main_python" "$@" || status=$?
+wait "$background" || status=$?
 cat "$log"
 exit "$status"

@@ -83,6 +83,7 @@ def test_dispatch(tmp_path):
     assert {row["program"] for row in groups["control_flow"]} >= {"plain", "conditional"}
 
 
+@pytest.mark.main_python
 def test_device(tmp_path):
     content = smoke("bench_device", tmp_path / "device.json")
     groups, model = content["groups"], content["model"]
@@ -110,6 +111,7 @@ def test_device(tmp_path):
     assert groups["cached_compile"][0]["compile"]["programs"] > 4
 
 
+@pytest.mark.main_python
 def test_layers(tmp_path):
     path = tmp_path / "layers.json"
     groups = smoke("bench_layers", path, "--model_shapes=llama_2_7b")["groups"]
@@ -122,6 +124,7 @@ def test_layers(tmp_path):
     assert "error" in others["cudnn_contiguous"]  # there is none here, and that fails nothing
 
 
+@pytest.mark.main_python
 def test_host_attention(tmp_path):
     arguments = ["--rounds=1", "--threads=2", "--dtypes=bfloat16", "--cells=128x1,100x2"]
     content = smoke("bench_host_attention", tmp_path / "host.json", *arguments)
@@ -230,7 +233,11 @@ def test_strategies(tmp_path):
 @pytest.mark.slow
 def test_python_time(tmp_path):
     content = smoke("bench_python", tmp_path / "python.json")
-    [(device_only, passes)] = content["groups"].values()
+    scheduling, (device_only, passes) = content["groups"].values()
+    loads = {row["load"]: row for row in scheduling}
+    assert loads["steady"]["tokens"] == loads["steady"]["requests"] == 20
+    assert 0 < loads["most_on_host"]["tokens"] < 20
+    assert all(0 < row["commit_sec"] < row["scheduling_sec"] < 1 for row in scheduling)
     for row in (device_only, passes):
         parts = [
             value for key, value in row.items() if key.endswith("_sec") and key != "python_sec"

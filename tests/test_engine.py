@@ -56,7 +56,14 @@ def wide_engine():
     return Engine.create(config, WARM_UP_LINES.append)
 
 
-@pytest.mark.parametrize("name", ["gqa_tied_sharded", "mqa_bfloat16", "rope_llama3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gqa_tied_sharded",
+        pytest.param("mqa_bfloat16", marks=pytest.mark.other_python),
+        pytest.param("rope_llama3", marks=pytest.mark.main_python),
+    ],
+)
 def test_greedy_tokens_are_those_of_transformers(name):
     with np.load(GOLDEN / name / "expected.npz") as file:
         expected = dict(file)
@@ -224,7 +231,13 @@ def test_warm_up_shows_progress():
     assert any("loading weights from" in line for line in WARM_UP_LINES)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param("bfloat16", marks=pytest.mark.other_python),
+        pytest.param("float16", marks=pytest.mark.main_python),
+    ],
+)
 def test_half_precision_follows_the_dense_model(dtype):
     folder = GOLDEN / "gqa_tied_sharded"
     config = make_config(path=str(folder), dtype=dtype)

@@ -35,6 +35,7 @@ HALF = {"bfloat16": "bf16", "float16": "f16"}
 
 
 ON_GPU = pytest.param("gpu", marks=pytest.mark.gpu)
+STAND_IN = pytest.param("cpu", marks=pytest.mark.other_python)
 
 
 def choose_platform(request):
@@ -43,7 +44,7 @@ def choose_platform(request):
     return request.param
 
 
-platform = pytest.fixture(choose_platform, params=["cpu", ON_GPU], name="platform")
+platform = pytest.fixture(choose_platform, params=[STAND_IN, ON_GPU], name="platform")
 slow_platform = pytest.fixture(
     choose_platform,
     params=[pytest.param("cpu", marks=pytest.mark.slow), ON_GPU],

@@ -157,6 +157,7 @@ def long_case(kv_dtype):
     return case, case.reference()
 
 
+@pytest.mark.main_python
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 def test_equals_float64_at_32k_tokens(isa, kv_dtype):
     case, expected = long_case(kv_dtype)
@@ -517,6 +518,7 @@ def test_threads_may_be_pinned(op, threads_and_isa):
     assert_close(case.attend(), case.reference())
 
 
+@pytest.mark.main_python
 @hypothesis.settings(max_examples=150)
 @hypothesis.given(data=st.data())
 def test_handlers_refuse_or_answer_whatever_they_are_given(data):

@@ -140,6 +140,7 @@ def test_the_watchdog_says_where_everything_stands():
         assert re.search(pattern, message), f"{pattern} is not in {message}"
 
 
+@pytest.mark.other_python
 def test_after_a_fault_the_engine_closes_and_another_one_works():
     requests = draw_requests()
     right = run(with_limits(hybrid_engine("mha")), requests)

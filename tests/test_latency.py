@@ -1,6 +1,7 @@
 """The figures of a run, worked out by hand, and the check that every system did the same work."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -62,6 +63,12 @@ def test_every_figure_is_a_field_and_has_a_formula():
     assert found <= {field.name for field in dataclasses.fields(RunRow)}
     assert found - counts | {"ratio", "predicted_output_tokens_per_sec"} == set(FORMULAS)
     assert "ratio" in {field.name for field in dataclasses.fields(SummaryRow)}
+
+
+def test_the_formulas_are_in_the_docs():
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text()
+    for name in FORMULAS:
+        assert f"| `{name}` |" in text
 
 
 WANTED = [WorkloadRequest("0", (1,) * 10, 3, 0.0), WorkloadRequest("1", (1,) * 20, 1, 0.0)]

@@ -65,7 +65,7 @@ def test_predictions_agree_with_what_the_loop_does(name):
     make_policy, predict = POLICIES[name]
     rng = random.Random(name)
     errors = []
-    for _ in range(12):
+    for _ in range(8):
         times, device_rows, host_rows = draw(rng)
         policy = make_policy(times)
         played = steady_state(

@@ -29,13 +29,13 @@ pytestmark = [
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = LlamaConfig(4, 64, 128, 4, 2, 16, 256, 4096)
 PAGE_BYTES = 16 * MODEL.kv_bytes_per_token(2)
-READ_BANDWIDTH = run_benchmark.read_bandwidth
+HOST_BANDWIDTH = run_benchmark.host_bandwidth
 TIMES = StageTimes(num_layers=4, linear_sec=1.0, device_attention_sec=0.5, host_row_sec=0.1)
 
 
 @pytest.fixture(autouse=True)
 def _bandwidth_is_not_measured(monkeypatch):
-    monkeypatch.setattr(run_benchmark, "read_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(run_benchmark, "host_bandwidth", lambda: 1e10)
 
 
 def make_workload(lengths=((40, 6),) * 12, gap_sec=0.0, vocab_size=256):
@@ -81,6 +81,7 @@ def values(folder, **others):
         "warm_up_requests": 2,
         "budget_sec": 100.0,
         "output": str(folder / "r.json"),
+        "page": None,
     }
     return SimpleNamespace(**(given | others))
 
@@ -137,13 +138,13 @@ def test_the_file_says_what_was_compared(tmp_path):
     assert header.settings["max_model_len"] == 46
     assert header.settings["stage_times"]["num_layers"] == 4
     assert header.workload.header == make_workload().header
-    assert header.environment["measured"] == {"read_bytes_per_sec_of_one_thread": 1e10}
+    assert header.environment["measured"] == {"host_bytes_per_sec_of_one_thread": 1e10}
     assert set(header.environment["git"]) == {"commit", "is_dirty"}
     assert result.summary[0].ratio.median == 1.0
 
 
-def test_the_memorys_bandwidth_is_measured():
-    assert 1e8 < READ_BANDWIDTH() < 1e13
+def test_the_hosts_bandwidth_is_measured():
+    assert 1e8 < HOST_BANDWIDTH(2**22) < 1e14
 
 
 def test_a_request_that_a_strategy_cannot_hold_is_its_row_and_not_the_others(tmp_path):
@@ -163,12 +164,28 @@ def test_prompts_of_a_batch_job_are_compared_in_one_command(tmp_path):
     lines = (ROOT / "configs" / "demo_requests.jsonl").read_text().splitlines()[:4]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     prompts = {"workload": None, "requests": str(tmp_path / "mine.jsonl")}
-    status, result = run(tmp_path, config=demo.get_config(), **prompts)
+    page = tmp_path / "page"
+    status, result = run(tmp_path, config=demo.get_config(), page=str(page), **prompts)
     assert status == 0
+    assert "<svg" in (page / "index.html").read_text()
+    assert list(page.glob("*.svg"))
     assert result.header.workload.file == str(tmp_path / "r.workload.jsonl")
     items = map(json.loads, lines)
     asked = [item.get("body", item)["max_tokens"] for item in items]
     assert result.runs[0].output_tokens == sum(asked)
+
+
+def test_prefixes_are_shared_by_all_strategies_or_by_none(tmp_path):
+    seconds = []
+    for is_shared in (True, False):
+        config = make_config()
+        config.cache.prefix_reuse = is_shared
+        config.scheduler.max_prefill_tokens = 16  # a prompt takes ten sweeps, or one
+        alike = make_workload([(160, 2)] * 6)
+        _, result = run(tmp_path, alike, config, strategies=["device_only", "staggered_2"])
+        assert result.header.settings["prefix_reuse"] is is_shared
+        seconds.append(result.runs[0].wall_sec)
+    assert seconds[0] < 0.7 * seconds[1]
 
 
 # The loop
@@ -334,8 +351,7 @@ def test_a_paced_device_keeps_real_time(tmp_path):
         ({"host_profile": "mine"}, r"no host is called 'mine'; there are epyc_1_thread"),
     ],
 )
-def test_flags_that_mean_nothing_are_refused(tmp_path, monkeypatch, given, message):
-    monkeypatch.setattr(run_benchmark, "prepare_jax", lambda _: None)
+def test_flags_that_mean_nothing_are_refused(tmp_path, given, message):
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, **given)
 

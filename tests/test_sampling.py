@@ -128,7 +128,7 @@ def draw_and_compare(logits, rows):
     return sizes
 
 
-@pytest.mark.parametrize("vocab", [100, 4096, 32000])
+@pytest.mark.parametrize("vocab", [100, 4096, pytest.param(32000, marks=pytest.mark.other_python)])
 def test_every_cut_in_one_batch(vocab):
     rng = np.random.default_rng(vocab)
     cuts = cuts_for(vocab) * 2

@@ -22,6 +22,7 @@ requests = st.builds(
 )
 
 
+@pytest.mark.main_python
 @settings(max_examples=150)
 @given(
     st.lists(requests, min_size=1, max_size=12),
@@ -110,7 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 check(output)
 
 
-TestScheduler = SchedulerMachine.TestCase
+TestScheduler = pytest.mark.main_python(SchedulerMachine.TestCase)
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=30)
 
 
@@ -294,6 +295,16 @@ def test_the_ledger_notices_a_lost_slot():
     loop = Loop(num_pages=8, max_requests=2)
     loop.scheduler._residency._free_slots.pop()
     with pytest.raises(RuntimeError, match="slots in use"):
+        loop.scheduler.check_ledger()
+
+
+def test_the_ledger_notices_a_lost_row():
+    loop = Loop(num_pages=8, max_requests=2)
+    loop.submit(make_request("0", [5] * 4, 20, ignore_eos=True))
+    loop.step()
+    device = loop.scheduler._residency.device
+    device.decoding.discard(device.sequences[0].slot)
+    with pytest.raises(RuntimeError, match=r"device rows \[\], ready \[0\]"):
         loop.scheduler.check_ledger()
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from launch.comparison.page_values import Cell, Number
+from launch.comparison.page_values import Cell, Part, Words
 from launch.drawing import STYLE, Picture
 
 CSS = Path(__file__).with_name("page.css")
@@ -29,11 +29,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: the first cell of each is its heading. words: indices of columns that hold text."""
+    """rows: the first cell of each is its heading."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    words: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ def write_page(sections: Sequence[Section], folder: Path) -> list[Path]:
             own = names.of(figure.picture.title)
             written.append(folder / f"{own}.svg")
             written[-1].write_text(figure.picture.to_file())
-            figures.append("\n".join(_figure(figure, own, folder)))
+            lines = _figure(figure, own, len(written) - 1, folder)
+            figures.append("\n".join(lines))
         parts.append("\n".join(_section(section, name, figures)))
     written[0].write_text(_document(links, parts))
     return written
@@ -135,13 +135,13 @@ def _section(section: Section, name: str, figures: Iterable[str]) -> Iterator[st
     yield "</section>"
 
 
-def _figure(figure: Figure, name: str, folder: Path) -> Iterator[str]:
+def _figure(figure: Figure, name: str, index: int, folder: Path) -> Iterator[str]:
     title = escape(figure.picture.title)
     yield f'<figure id="{name}">'
     yield f'<h3 id="{name}-heading">{title}</h3>'
     yield '<div class="both">'
     yield f'<div class="picture">{figure.picture.to_element(name)}</div>'
-    yield f'<section class="scroll" tabindex="0" aria-label="Table: {title}">'
+    yield f'<section class="scroll" tabindex="0" aria-label="Table {index}: {title}">'
     yield from _table(figure.table)
     yield "</section>"
     yield "</div>"
@@ -161,23 +161,13 @@ def _figure(figure: Figure, name: str, folder: Path) -> Iterator[str]:
 
 def _table(table: Table) -> Iterator[str]:
     yield "<table>"
-    heads = "".join(
-        f'<th scope="col"{_words(table, index)}>{_breakable(name)}</th>'
-        for index, name in enumerate(table.columns)
-    )
+    heads = "".join(f'<th scope="col">{_breakable(name)}</th>' for name in table.columns)
     yield f"<thead><tr>{heads}</tr></thead>"
     yield "<tbody>"
     for head, *cells in table.rows:
-        rest = "".join(
-            f"<td{_words(table, index)}>{_cell(cell)}</td>" for index, cell in enumerate(cells, 1)
-        )
-        yield f'<tr><th scope="row">{_cell(head)}</th>{rest}</tr>'
+        yield f'<tr><th scope="row">{_cell(head)}</th>{"".join(map(_data_cell, cells))}</tr>'
     yield "</tbody>"
     yield "</table>"
-
-
-def _words(table: Table, index: int) -> str:
-    return ' class="words"' if index in table.words else ""
 
 
 def _breakable(name: str) -> str:
@@ -185,8 +175,18 @@ def _breakable(name: str) -> str:
     return escape(name).replace("_", "_<wbr>")
 
 
+def _data_cell(cell: Cell) -> str:
+    has_words = any(isinstance(part, Words) for part in _parts(cell))
+    attributes = ' class="words"' if has_words else ""
+    return f"<td{attributes}>{_cell(cell)}</td>"
+
+
 def _cell(cell: Cell) -> str:
-    parts = cell if isinstance(cell, tuple) else (cell,)
     return "".join(
-        part.to_html() if isinstance(part, Number) else escape(part, quote=False) for part in parts
+        escape(part, quote=False) if isinstance(part, str) else part.to_html()
+        for part in _parts(cell)
     )
+
+
+def _parts(cell: Cell) -> tuple[Part, ...]:
+    return cell if isinstance(cell, tuple) else (cell,)

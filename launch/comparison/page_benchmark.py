@@ -11,7 +11,7 @@ from launch.comparison.page import Figure, Section, Table
 from launch.comparison.page_charts import Bar, Series, draw_bars, draw_dots
 from launch.comparison.page_curves import Curves, Point, curve_figure
 from launch.comparison.page_sources import Loaded
-from launch.comparison.page_values import Cell, Found, number, percent, short, spread
+from launch.comparison.page_values import Cell, Found, Words, number, percent, short, spread
 from launch.comparison.results import FORMAT, read_result
 from launch.drawing import BRIGHT
 
@@ -62,8 +62,9 @@ def benchmark_section(loaded: Loaded) -> Section:
     return Section(
         title=f"{workload.name} on {header.model.name}{where}",
         intro=f"{header.what}. Workload: {workload.description}; {workload.num_requests:,} "
-        f"requests, {workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output tokens, "
-        f"from {workload.source}; sha256 {workload.sha256[:12]}. KV cache: "
+        f"requests, {workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output "
+        f"tokens, arrivals {workload.arrivals}, from {workload.source}; "
+        f"sha256 {workload.sha256[:12]}. KV cache: "
         f"{_budget(header.budgets.device_kv_bytes)} on the device, "
         f"{_budget(header.budgets.host_kv_bytes)} on the host; {header.model.dtype}. "
         f"{header.warm_up}",
@@ -84,12 +85,15 @@ def _throughput(rows: Sequence[Found], loaded: Loaded, baseline: str | None) -> 
         "Horizontal bars; the table beside them has the same numbers.",
         legend=[("device lane", DEVICE_COLOR), ("host lane", HOST_COLOR)],
     )
-    columns = ["system", "tokens/s", f"over {baseline}", "host share", "runs", "failed"]
+    columns = ["system", "tokens/s", f"over {baseline}", "steady tokens/s", f"over {baseline}"]
+    columns += ["host share", "runs", "failed"]
     cells = [
         [
             _name(row),
             spread(row.get("output_tokens_per_sec")),
             spread(row.get("ratio")),
+            spread(row.get("steady_output_tokens_per_sec")),
+            spread(row.get("steady_ratio")),
             _share(row),
             number(row["num_ok"]),
             _failed(row),
@@ -98,9 +102,10 @@ def _throughput(rows: Sequence[Found], loaded: Loaded, baseline: str | None) -> 
     ]
     note = (
         "Medians over repeats; whiskers and brackets are the least and the most. Bars are split by "
-        "the lane that decoded. Ratios are taken within each repeat, then their median."
+        "the lane that decoded. Ratios are taken within each repeat, then their median. Steady: "
+        "without the first and the last tenth of the output tokens."
     )
-    return Figure(picture, Table(columns, cells, words=(5,)), note, loaded.source)
+    return Figure(picture, Table(columns, cells), note, loaded.source)
 
 
 def _bar(row: Found) -> Bar:
@@ -128,7 +133,7 @@ def _share(row: Found) -> Cell:
 def _failed(row: Found) -> Cell:
     if not row["num_failed"].value:
         return ""
-    return number(row["num_failed"]), f": {row['error'].value}"
+    return number(row["num_failed"]), Words(f": {row['error'].value}")
 
 
 def _prediction(rows: Sequence[Found], loaded: Loaded) -> Iterator[Figure]:

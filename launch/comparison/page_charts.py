@@ -220,7 +220,22 @@ class _Axis:
 
     def labels(self) -> list[tuple[float, str]]:
         find = log_ticks if self._log else ticks
-        return [(self.at(tick), f"{tick:.6g}") for tick in find(self._low, self._high)]
+        found = [(self.at(tick), _round(tick)) for tick in find(self._low, self._high)]
+        return found if self._start > self._end else list(_apart(found))
+
+
+def _apart(labels: Sequence[tuple[float, str]]) -> Iterator[tuple[float, str]]:
+    """Yield labels of a horizontal axis, without those that would touch the one before."""
+    free_from = -math.inf
+    for at, label in labels:
+        half = LETTER * len(label) / 2
+        if at - half >= free_from:
+            yield at, label
+            free_from = at + half + LETTER
+
+
+def _round(tick: float) -> str:
+    return f"{tick / 1e6:g}M" if abs(tick) >= 1e6 else f"{tick:,.6g}"
 
 
 def _legend(

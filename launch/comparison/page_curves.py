@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from launch.comparison.page import Figure, Source, Table
 from launch.comparison.page_charts import Series, draw_lines
-from launch.comparison.page_values import Cell, Found, number, short, spread
+from launch.comparison.page_values import Cell, Found, Words, number, spread
 
 
 class Point(NamedTuple):
@@ -60,7 +60,7 @@ def curve_figure(points: Sequence[Point], curves: Curves, source: Source) -> Fig
     )
     xs = sorted({point.x for point in points})
     cells = {(point.x, point.line): _cell(point) for point in points}
-    rows = [[short(x), *(cells.get((x, name), "") for name in names)] for x in xs]
+    rows = [[f"{x:,g}", *(cells.get((x, name), "") for name in names)] for x in xs]
     return Figure(picture, Table([curves.x_label, *names], rows), curves.note, source)
 
 
@@ -72,5 +72,5 @@ def _value(found: Found) -> tuple[float, tuple[float, float] | None]:
 
 def _cell(point: Point) -> Cell:
     if point.value is None:
-        return point.reason
+        return Words(point.reason)
     return spread(point.value) if isinstance(point.value.value, dict) else number(point.value)

@@ -39,7 +39,8 @@ def host_attention_section(loaded: Loaded) -> Section:
     names = [name for name in CONTESTANTS if any(cell.get(name) for cell in cells)]
     groups: dict[str, list[Found]] = {}
     for cell in cells:
-        groups.setdefault(", ".join(str(cell[key].value) for key in KEY), []).append(cell)
+        *names_of, threads = (str(cell[key].value) for key in KEY)
+        groups.setdefault(f"{', '.join(names_of)}, {threads} thr.", []).append(cell)
     shares = {
         (label, name): [cell[name]["of_read"].value for cell in group if cell.get(name)]
         for label, group in groups.items()
@@ -65,7 +66,7 @@ def host_attention_section(loaded: Loaded) -> Section:
     rows = [
         [label, *(_median_and_worst(shares[label, name]) for name in names)] for label in groups
     ]
-    columns = ["shape, dtype, ISA, threads", *(CONTESTANTS[name] for name in names)]
+    columns = ["shape, dtype, instructions", *(CONTESTANTS[name] for name in names)]
     note = (
         "Bytes of KV over time, relative to the rate at which the same threads only read: medians "
         f"over the cells of at least {LARGE_TOKENS:,} tokens, in brackets the least of them."

@@ -60,6 +60,7 @@ def long_job_section(loaded: Loaded) -> Section:
         f"{content['output_tokens'][1].value} output tokens on the demo model, sent through a "
         f"pipe. Memory grew by {content['memory_growth_bytes'].value / 1e6:.1f} MB after the first "
         f"tenth; the first result came when {first['num_sent'].value:,} requests had been sent. "
+        "Checked: "
         + "; ".join(f"{proof}: {'yes' if proofs.value[proof] else 'no'}" for proof in proofs.value)
         + ".",
         "That memory and rate do not depend on how much of the job is done, and that results come "

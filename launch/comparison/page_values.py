@@ -42,7 +42,17 @@ class Number:
         return f'<data value="{json.dumps(self.value)}" {place}>{escape(self.text)}</data>'
 
 
-Part = str | Number
+@dataclass(frozen=True)
+class Words:
+    """Text in a table that may take several lines, such as why there is no number."""
+
+    text: str
+
+    def to_html(self) -> str:
+        return escape(self.text, quote=False)
+
+
+Part = str | Number | Words
 Cell = Part | tuple[Part, ...]
 
 
@@ -71,7 +81,7 @@ def spread(found: Found | None, names: tuple[str, str, str] = SPREAD) -> Cell:
     if found is None:
         return ""
     middle, low, high = (found[name] for name in names)
-    if low.value == high.value:
+    if short(low.value) == short(high.value):
         return number(middle)
     return number(middle), " (", number(low), " to ", number(high), ")"
 

@@ -48,6 +48,10 @@ class ComparisonFile:
 
         self._file.measure("runs", rows)
 
+    def record(self, group: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows beside the runs, such as what each system took."""
+        self._file.record(group, rows)
+
     def finish(self) -> list[SummaryRow]:
         """Add the summary and write the tables; return the summary."""
         summary = summarize(self._runs, self._header.baseline)

@@ -156,7 +156,7 @@ class Turns:
     def all_failed(self, reason: str) -> Iterator[RunRow]:
         """Yield a row for each turn, where there is nothing to take them on."""
         for repeat, rate, name in self:
-            yield _row(name, rate, repeat, "failed", error=reason)
+            yield _row(name, rate, repeat, status="failed", error=reason)
 
 
 class Benchmark:
@@ -190,15 +190,15 @@ class Benchmark:
         requests = offered_at(self._workload, rate)
         served = self._attempt(name, requests)
         if isinstance(served, str):
-            return _row(name, rate, repeat, "failed", error=served)
+            return _row(name, rate, repeat, status="failed", error=served)
         if fault := fault_of(requests, served):
-            return _row(name, rate, repeat, "failed", error=fault)
+            return _row(name, rate, repeat, status="failed", error=fault)
         predicted = None if self._hardware.is_virtual else self._predict(name, rate, requests)
         return _row(
             name,
             rate,
             repeat,
-            "ok",
+            status="ok",
             **figures(served, self._turns.bounds),
             predicted_output_tokens_per_sec=predicted,
         )
@@ -237,6 +237,5 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def _row(name: str, rate: float | None, repeat: int, status: str, **measured: object) -> RunRow:
-    version = apex_jax.__version__
-    return RunRow(name, "apex_jax", rate, repeat, status, **measured, version=version)  # pyright: ignore[reportArgumentType]
+def _row(name: str, rate: float | None, repeat: int, **measured: Any) -> RunRow:
+    return RunRow(name, "apex_jax", rate, repeat, version=apex_jax.__version__, **measured)

@@ -100,7 +100,8 @@ class SimulatedHardware:
             page_size=plan.shapes.page_size,
         )
         policy = make_policy(settings, self.times, plan.layers_per_program)
-        return Started(plan.loop(backend, policy), backend.now, backend.idle_until)
+        loop = plan.loop(backend, policy, reuses_prefixes=plan.config.cache.prefix_reuse)
+        return Started(loop, backend.now, backend.idle_until)
 
     predict = start
 
@@ -164,11 +165,12 @@ class PacedHardware:
 
     def start(self, settings: SchedulerConfig) -> Started:
         """Return a loop as an engine has it for this strategy, which corrects times for itself."""
-        span = self._plan.layers_per_program
+        plan, span = self._plan, self._plan.layers_per_program
         monitor = StageMonitor(self.times, span) if settings.predicts else None
         self._timeline.on_end = None if monitor is None else monitor.ended
         policy = make_policy(settings, self.times if monitor is None else monitor.times, span)
-        loop = self._plan.loop(self._backend, policy, monitor)
+        reuses_prefixes = plan.config.cache.prefix_reuse
+        loop = plan.loop(self._backend, policy, reuses_prefixes=reuses_prefixes, monitor=monitor)
         return Started(loop, self._backend.now, idle_until)
 
     def predict(self, settings: SchedulerConfig) -> Started:

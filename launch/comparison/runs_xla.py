@@ -122,6 +122,7 @@ class RealHardware:
             policy=policy,
             num_host_pages=memory.num_host_pages if has_host else 0,
             max_host_requests=limits.max_host_requests if has_host else 0,
+            reuses_prefixes=self._config.cache.prefix_reuse,
         )
         dispatch = Dispatch(
             backend,
