@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from apex_jax.cost_model import Times
+from apex_jax.detour import Detour
 from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.policies import Action, CohortView, Load, Merging, Policy
 from apex_jax.prediction import Choice, Demand, Prediction, Predictor
@@ -20,7 +21,10 @@ PASSES = (None, 24, 16, 12, 8, 6, 4, 3, 2)
 MARGIN = 0.02  # of a window, for the noise of stage times: who misses one loses a sweep
 MIN_GAIN = 0.02  # over device_only: less is noise
 MIN_CHANGE = 0.01  # over the choice in force: a change costs the tokens under way some time
-HOMING_SHARE = 4  # room on the device for this part of its rows is worth hurrying for
+# Of a request's time on the device: where its way through the host lane costs more, only those go
+# home that the device has room for when nobody waits any more.
+DEAR = 0.01
+FEWER = 4  # sizes of a host lane, should the largest cost more than it yields
 MIN_SWEEPS = 8  # between two looks at a load that is about the same, and at corrected times
 
 
@@ -57,6 +61,8 @@ class Adaptive:
         self._homing = Merging(MAX_COHORTS, passes=None)
         self._policy: Policy = self._at_rest
         self.max_host_rows: int | None = None
+        self.drops_tokens = False
+        self.keeps_host_rows = False
         self.decision: Decision | None = None
 
     @property
@@ -113,31 +119,25 @@ class Apex(Adaptive):
         self._max_host_tpot_sec = max_host_tpot_sec
         self._seen: tuple[int, ...] = ()
         self._num_sweeps = 0
+        self._host_rate = 0.0  # of the schedule last decided for
 
     def predict(self, demand: Demand, max_rows: int) -> Prediction:
         """Return the prediction of what would be chosen for a steady state."""
         device_only = self._predictor.device_only(demand)
-        best = max(self._candidates(demand, max_rows), key=_worth, default=device_only)
+        best = max(self._candidates(demand, max_rows), key=_rate, default=device_only)
         return best if best.rate > (1 + MIN_GAIN) * device_only.rate else device_only
 
     def consider(self, load: Load) -> None:
         num_host, num_tokens = _host_rows(load)
-        if not load.num_homeless and load.num_homing >= max(
-            1, min(num_host, load.num_settled_rows // HOMING_SHARE)
-        ):
-            # Rows change lanes between tokens, so those under way are hurried to their end.
-            self._policy = self._homing
-            self._seen = ()
-            demand = Demand(load.num_settled_rows, load.num_settled_tokens, num_host)
-            alone = self._predictor.device_only(demand)
-            best = alone._replace(choice=Choice("homing", MAX_COHORTS, None))
-            reason = "the device has room for who is on the host"
-            self.decision = Decision(demand, best, alone, (), reason)
+        self.drops_tokens = False
+        may_go_home = num_host and load.num_homing and not load.num_homeless
+        if may_go_home and self._go_home(load, num_host, num_tokens):
             return
         self._num_sweeps += 1
         # Powers of two: a load that differs as much is another load.
         seen = tuple(
-            count.bit_length() for count in (load.num_settled_rows, num_host, load.num_waiting)
+            count.bit_length()
+            for count in (load.num_settled_rows, num_host, load.waiting.num_requests)
         )
         if seen != self._seen or self._num_sweeps >= MIN_SWEEPS:
             self._seen, self._num_sweeps = seen, 0
@@ -147,14 +147,9 @@ class Apex(Adaptive):
         row_tokens = num_tokens / num_host if num_host else _device_row_tokens(load)
         demand = Demand(load.num_settled_rows, load.num_settled_tokens, num_host, row_tokens)
         device_only = self._predictor.device_only(demand)
-        # Who waits may come in where more host rows yield more.
-        wanted = demand._replace(host_rows=num_host + load.num_waiting)
-        all_in = self._candidates(wanted, load.max_rows)
-        most = max(all_in, key=lambda one: one.rate, default=device_only)
-        pays = most.rate > (1 + MIN_GAIN) * device_only.rate
-        self.max_host_rows = most.host_rows if pays else 0
-        candidates = all_in if wanted == demand else self._candidates(demand, load.max_rows)
-        candidates.sort(key=_worth, reverse=True)
+        candidates = self._candidates(demand, load.max_rows)
+        self._admit(load, demand, device_only, candidates)
+        candidates.sort(key=_rate, reverse=True)
         best, reason = device_only, "no requests in the host lane"
         if num_host:
             reason = "the host lane would yield no more"
@@ -163,7 +158,63 @@ class Apex(Adaptive):
         in_force = None if self.decision is None else self.decision.best.choice
         if best.choice != in_force:
             self._use(best.choice)
+        self._host_rate = best.host_rate
         self.decision = Decision(demand, best, device_only, tuple(candidates), reason)
+
+    def _admit(
+        self,
+        load: Load,
+        demand: Demand,
+        device_only: Prediction,
+        candidates: Sequence[Prediction],
+    ) -> None:
+        """Decide how many the host lane may hold, and whether they stay while others wait."""
+        num_host, waiting = demand.host_rows, load.waiting
+        wanted = demand._replace(host_rows=num_host + waiting.num_requests)
+        all_in = list(candidates)
+        if wanted != demand:
+            all_in += self._candidates(wanted, load.max_rows)
+        most = max(all_in, key=_rate, default=device_only)
+        pays = most.rate > (1 + MIN_GAIN) * device_only.rate
+        self.max_host_rows = most.host_rows if pays else 0
+        self.keeps_host_rows = False
+        if not pays or not waiting.num_requests or not device_only.rate:
+            return
+        detour = Detour(self._times, waiting, device_only)
+        if not detour.is_dear(most, DEAR):
+            return
+        for part in range(1, FEWER):
+            fewer = wanted._replace(host_rows=num_host + waiting.num_requests // 4**part)
+            all_in += self._candidates(fewer, load.max_rows)
+        most = max(all_in, key=lambda one: detour.gain_sec(one, num_host))
+        pays = detour.gain_sec(most, num_host) > MIN_GAIN * detour.horizon_sec
+        self.max_host_rows = most.host_rows if pays else 0
+        self.keeps_host_rows = pays
+
+    def _go_home(self, load: Load, num_host: int, num_tokens: int) -> bool:
+        """Have no token begin where rows yield more on the device, which has room for them."""
+        settled = Demand(load.num_settled_rows, load.num_settled_tokens, num_host)
+        alone = self._predictor.device_only(settled)
+        row_tokens = round(num_tokens / num_host)
+        homing = Demand(
+            load.num_settled_rows + load.num_homing,
+            load.num_settled_tokens + load.num_homing * row_tokens,
+        )
+        at_home = self._predictor.device_only(homing)
+        if at_home.rate - alone.rate <= self._host_rate:
+            return False
+        # Rows change lanes between tokens: those under way are hurried to their end, or given up
+        # where that takes the rows that wait for it longer than the tokens are worth.
+        per_row_sec = self._times.host_attention(num_host, num_tokens) / num_host
+        hurry_sec = self._times.num_layers * per_row_sec * load.num_under_way / 2
+        lost_tokens = hurry_sec / at_home.sweep_sec * load.num_homing
+        self.drops_tokens = lost_tokens > load.num_under_way / 2
+        self._policy = self._homing
+        self._seen = ()
+        best = alone._replace(choice=Choice("homing", MAX_COHORTS, None))
+        reason = "the device has room for who is on the host"
+        self.decision = Decision(settled, best, alone, (), reason)
+        return True
 
     def _stay_or_go(self, candidates: Sequence[Prediction]) -> tuple[Prediction, str]:
         """Return the best candidate, or what is in force where that is about as good."""
@@ -189,7 +240,7 @@ class Apex(Adaptive):
             ways = self._ways(cohorts, demand, max_rows)
             allowed = [one for one in ways if self._is_allowed(one)]
             if allowed:
-                found.append(max(allowed, key=_worth))
+                found.append(max(allowed, key=_rate))
         return found
 
     def _ways(self, cohorts: int, demand: Demand, max_rows: int) -> list[Prediction]:
@@ -281,14 +332,8 @@ class ApexPaper(Adaptive):
         )
 
 
-def _worth(prediction: Prediction) -> float:
-    """Return the rate by which candidates are compared.
-
-    Extra passes have to yield something: where the host is busy all the time they only come to
-    late, and what they then cost is hard to tell.
-    """
-    passes = prediction.choice.passes
-    return prediction.rate * (1 if passes == 1 else 1 - MIN_GAIN)
+def _rate(prediction: Prediction) -> float:
+    return prediction.rate
 
 
 def _host_rows(load: Load) -> tuple[int, int]:

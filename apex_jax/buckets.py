@@ -154,7 +154,8 @@ def choose(
     Rows: the last six powers of two up to max_requests; with a host lane the last four up to the
     larger of both lanes' rows, which share them. Blocks: from one a row to the most a batch can
     hold, so that a full cache, the case that matters here, wastes nothing. Chunks: a long prompt's,
-    a shorter one's (requests mostly arrive one by one, where another ended), or several at once.
+    a shorter one's (requests mostly arrive one by one, where another ended), several at once, and
+    last what an accelerator gains least by: one so short takes it little less than the next.
     Context: from one chunk to the longest request.
     """
     max_rows = max_requests if host is None else max(max_requests, host.max_cohort_rows)
@@ -170,7 +171,7 @@ def choose(
         pool = num_pages // PAGES_PER_BLOCK + row_bucket
         num_blocks[row_bucket] = _progression(row_bucket, min(full_rows, pool), NUM_SIZES)
     whole, quarter = max_prefill_tokens, max_prefill_tokens // 4
-    chunks = [(1, whole), (1, quarter), (1, quarter // 4), (4, quarter), (16, quarter // 4)]
+    chunks = [(1, whole), (1, quarter), (4, quarter), (16, quarter // 4), (1, quarter // 4)]
     chunks = [(count, tokens) for count, tokens in chunks if count <= rows[-1] and tokens >= 4]
     if host is not None:
         chunks = chunks[:MAX_HYBRID_CHUNKS]

@@ -243,6 +243,7 @@ class Dispatch:
         (x,) = self._enqueue(Embed(batch))
         for first_layer in range(0, self._num_layers, self._span):
             (x,) = self._enqueue(Layers(batch, first_layer), x)
+            self._keep_moving(sweep)
         if head is not None:
             sweep.heads += self._enqueue(Head((head,)), x)
 
@@ -251,7 +252,7 @@ class Dispatch:
         (x,) = self._enqueue(Embed(batch))
         layer, place, merging = 0, _Place.BEFORE, list[_Cohort]()
         while (stop := self._next_decision(layer)) is not None:
-            x = self._carry(batch, x, layer, place, stop)
+            x = self._carry(batch, x, layer, place, stop, sweep)
             layer, place = stop, _Place.BEHIND
             merging = self._decide(stop, sweep)
             if merging and stop < self._num_layers:
@@ -263,11 +264,17 @@ class Dispatch:
                 self.stats.num_merges += 1
                 cohort.num_extra_passes = 0
                 self._attend_on_host(cohort, entered)
-        x = self._carry(batch, x, layer, place, None)
+        x = self._carry(batch, x, layer, place, None, sweep)
         self._sample(sweep, merging, (head, x))
 
     def _carry(
-        self, batch: DecodeBatch, x: Handle, layer: int, place: _Place, stop: int | None
+        self,
+        batch: DecodeBatch,
+        x: Handle,
+        layer: int,
+        place: _Place,
+        stop: int | None,
+        sweep: _Sweep,
     ) -> Handle:
         """Bring device rows behind the attention of layer stop - 1, or (None) through all layers.
 
@@ -295,6 +302,7 @@ class Dispatch:
             elif left >= reach:
                 (x,) = self._enqueue(Layers(batch, layer), x)
                 layer += self._span
+                self._keep_moving(sweep)
             else:
                 (x,) = self._enqueue(PreAttention(layer), x)
                 place = _Place.INSIDE
@@ -335,22 +343,23 @@ class Dispatch:
         """Decide late: wait for the attention, or for the device to run out of stages."""
         assert cohort.handle is not None
         while True:
-            is_ready = self._is_ready(cohort.handle)
             view = CohortView(
                 cohort_id=cohort.batch.cohort_id,
                 point=cohort.point,
                 num_layers=self._num_layers,
                 num_extra_passes=cohort.num_extra_passes,
                 can_merge=can_merge,
-                is_ready=is_ready,
-                queue_depth=0 if is_ready else self._queue.depth(),
+                ask_ready=functools.partial(self._is_ready, cohort.handle),
+                count_stages=self._queue.depth,
             )
             action = self._policy.at_boundary(boundary, view)
             if action is not Action.WAIT:
-                assert view.is_ready or action is Action.SKIP
+                assert action is Action.SKIP or view.is_ready
                 assert can_merge or action is not Action.MERGE
                 return action
-            self._wait([cohort.handle, *self._queue.all_but_one()])
+            # Who did not look at the queue will not decide otherwise when it is shorter.
+            stages = self._queue.all_but_one() if view.has_counted else ()
+            self._wait([cohort.handle, *stages])
 
     def _enter(self) -> None:
         """Let cohorts begin their token: embed it and enter layer 0."""
@@ -507,6 +516,19 @@ class Dispatch:
                 self._moves.remove(moving)
                 sweep.finished_moves.append(move.move_id)
                 self.stats.num_moves[move.direction] += 1
+
+    def _keep_moving(self, sweep: _Sweep) -> None:
+        """Let moves go on beside the device's rows, until it runs out of stages.
+
+        Few pages are between the lanes at once, so who looked after them but once a sweep would
+        leave the link idle for most of it.
+        """
+        while self._moves and self._queue.depth() > 1:
+            self._transit.forget_arrived()
+            if not self._transit.handles:
+                return
+            self._wait([self._transit.handles[0], *self._queue.all_but_one()])
+            self._carry_moves(sweep)
 
     # Waiting
 

@@ -16,12 +16,13 @@ from apex_jax.lanes import LaneRoom
 from apex_jax.movement import Movement
 from apex_jax.pages import num_pages_for
 from apex_jax.plan import CohortBatch, HeadBatch, HostPrefillBatch, PrefillBatch
-from apex_jax.policies import Load, Policy
+from apex_jax.policies import Load, Policy, Waiting
 from apex_jax.residency import Residency
 from apex_jax.sequence import Sequence
 
 # Of a sweep's prompt tokens, what the host lane gets while the device lane prefills too.
 HOST_PREFILL_SHARE = 4
+NUM_SEEN_WAITING = 16  # of those who wait, who stand for the rest: there may be thousands
 
 
 class HostRows:
@@ -156,14 +157,21 @@ class HostRows:
             self._leave_cohort(cohort)
 
     def drop_cohorts(self) -> tuple[int, ...]:
-        """Forget the tokens under way of cohorts all of whose sequences have ended."""
+        """Forget the tokens under way of cohorts all of whose sequences have ended.
+
+        Of all cohorts where the policy says so; their rows then stand where they began.
+        """
         dropped = [
             cohort_id
             for cohort_id, rows in self.cohorts.items()
-            if all(one.finish_reason is not None for one in rows.sequences)
+            if self._policy.drops_tokens
+            or all(one.finish_reason is not None for one in rows.sequences)
         ]
         for cohort_id in dropped:
-            self._leave_cohort(self.cohorts.pop(cohort_id))
+            cohort = self.cohorts.pop(cohort_id)
+            for sequence in cohort.sequences:
+                sequence.num_computed -= 1
+            self._leave_cohort(cohort)
         return tuple(dropped)
 
     def _leave_cohort(self, cohort: RowSet) -> None:
@@ -189,6 +197,22 @@ class HostRows:
             one.is_moving for one in room.sequences
         )
 
+    def _waiting(self) -> Waiting:
+        """Describe who waits by those who come next."""
+        waiting = self._residency.waiting
+        first = waiting[:NUM_SEEN_WAITING]
+        if not first:
+            return Waiting()
+        num_tokens = [sequence.num_tokens for sequence in first]
+        count, chunk_tokens = choose_group(self._chunks, num_tokens)
+        rows = next(rows for rows, _ in self._chunks if rows >= count) if count > 1 else 1
+        return Waiting(
+            len(waiting),
+            sum(num_tokens) / len(first),
+            sum(one.max_num_tokens for one in first) / len(first) - sum(num_tokens) / len(first),
+            sum(chunk_tokens) * rows / count,
+        )
+
     def _load(
         self,
         decoding: RowSet,
@@ -205,7 +229,7 @@ class HostRows:
             num_prompt_tokens=prefill.token_ids_bt.size if prefill is not None else 0,
             num_settled_rows=len(device.sequences),
             num_settled_tokens=device.num_settled_tokens,
-            num_waiting=len(self._residency.waiting),
+            waiting=self._waiting(),
             num_homing=self._movement.count_homing(),
             num_homeless=self._room.count_longer_than(device.num_tokens),
             lengths=num_tokens_s[rows.slots_b].tolist(),

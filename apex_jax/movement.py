@@ -61,12 +61,16 @@ class Movement:
         if host is None or not self._policy.uses_device_lane:
             return []
         moves: list[Move] = []
+        is_kept = self._policy.keeps_host_rows and len(self._residency.waiting) > 0
         num_left = MAX_PROMOTIONS - self._num_to(Lane.DEVICE)
         for sequence in host.decoding.rows.sequences:
             if not device.can_ever_hold(sequence):
                 continue
+            num_idle = self._residency.stats.num_sweeps - sequence.last_step
+            if is_kept and num_idle <= PATIENCE_SWEEPS:
+                continue
             if num_left == 0 or not device.has_row() or not device.has_pages(sequence):
-                if self._residency.stats.num_sweeps - sequence.last_step > PATIENCE_SWEEPS:
+                if num_idle > PATIENCE_SWEEPS:
                     self.kept_for = sequence
                 break
             moves.append(self._start(sequence, Direction.PROMOTION))
@@ -95,6 +99,8 @@ class Movement:
             return 0
         homing: list[Sequence] = []
         for sequence in host.sequences:
+            if sequence.is_moving or sequence.num_unfilled:
+                continue
             if not device.has_row(homing) or not device.has_pages(sequence, homing):
                 break
             homing.append(sequence)

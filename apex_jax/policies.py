@@ -6,10 +6,11 @@ pipelining.py and adaptive.py. `consider` and `form` are called by the scheduler
 `at_boundary` by the dispatch loop. Imports no jax.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 class Action(Enum):
@@ -32,8 +33,8 @@ class CohortView:
 
     point: what it is to pass next (dispatch.py says what points are). num_extra_passes: given
     since the device's rows last were where it stood. can_merge: the device is at this very point
-    and nobody has taken it. is_ready: its attention is done. queue_depth: stages the device has
-    left to end; not counted (0) where the cohort is ready anyway.
+    and nobody has taken it. ask_ready, count_stages: tell what the properties do. Asking costs, and
+    many decisions need neither, so it is done when a policy looks, and once.
     """
 
     cohort_id: int
@@ -41,8 +42,39 @@ class CohortView:
     num_layers: int
     num_extra_passes: int
     can_merge: bool
-    is_ready: bool
-    queue_depth: int
+    ask_ready: Callable[[], bool]
+    count_stages: Callable[[], int]
+
+    @functools.cached_property
+    def is_ready(self) -> bool:
+        """Whether its attention is done."""
+        return self.ask_ready()
+
+    @functools.cached_property
+    def queue_depth(self) -> int:
+        """Stages that the device has left to end."""
+        return self.count_stages()
+
+    @property
+    def has_counted(self) -> bool:
+        """Whether the policy looked at the queue's depth."""
+        return "queue_depth" in vars(self)
+
+
+class Waiting(NamedTuple):
+    """Requests in neither lane.
+
+    prompt_tokens, output_tokens: of one, on average, the latter at most. padded_tokens: of the
+    chunks in which a prompt for the host prefills, each counted for one prompt.
+    """
+
+    num_requests: int = 0
+    prompt_tokens: float = 0.0
+    output_tokens: float = 1.0
+    padded_tokens: float = 0.0
+
+
+NOBODY = Waiting()
 
 
 @dataclass(frozen=True)
@@ -52,7 +84,7 @@ class Load:
     num_rows, num_tokens: device rows that decode in it, and tokens of their KV.
     num_prompt_tokens: that it prefills for the device, padding included.
     num_settled_rows, num_settled_tokens: the device lane, those with prompts under way included.
-    num_waiting: requests in neither lane. num_homing: host-lane rows for which the device has room,
+    waiting: requests in neither lane. num_homing: host-lane rows for which the device has room,
     where nobody waits for it.
     num_homeless: host-lane rows that the device can never hold.
     lengths: tokens of KV of each host-lane row without a token under way, oldest first.
@@ -65,7 +97,7 @@ class Load:
     num_prompt_tokens: int = 0
     num_settled_rows: int = 0
     num_settled_tokens: int = 0
-    num_waiting: int = 0
+    waiting: Waiting = NOBODY
     num_homing: int = 0
     num_homeless: int = 0
     lengths: Sequence[int] = ()
@@ -85,6 +117,9 @@ class Policy(Protocol):
     next. max_host_rows: requests worth having in the host lane, besides those that the device can
     never hold; None for all it has room for.
     device_prompts_first: whether prompts for the host wait while the device prefills its own.
+    drops_tokens: whether tokens under way are given up, so that their rows may change lanes at
+    once. keeps_host_rows: whether room on the device is for those who wait rather than for rows of
+    the host.
     """
 
     @property
@@ -97,6 +132,10 @@ class Policy(Protocol):
     def max_host_rows(self) -> int | None: ...
     @property
     def device_prompts_first(self) -> bool: ...
+    @property
+    def drops_tokens(self) -> bool: ...
+    @property
+    def keeps_host_rows(self) -> bool: ...
 
     def consider(self, load: Load) -> None:
         """Look at the sweep that is being planned, before `form`; who chooses chooses here."""
@@ -120,6 +159,8 @@ class Fixed:
 
     max_host_rows: int | None = None
     device_prompts_first = False
+    drops_tokens = False
+    keeps_host_rows = False
 
     def consider(self, load: Load) -> None:
         pass

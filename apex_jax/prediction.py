@@ -60,6 +60,13 @@ class Prediction(NamedTuple):
     def rate(self) -> float:
         return self.device_rate + self.host_rate
 
+    def cohort_job_sec(self, num_layers: int) -> float:
+        """Return how long the host attends in a layer to one cohort."""
+        if not self.host_rate:
+            return 0.0
+        rows = self.host_rows / self.choice.cohorts
+        return rows * self.host_busy / (num_layers * self.host_rate)
+
     @property
     def host_tpot_sec(self) -> float | None:
         """Time per output token of a host row that always rides; None where none does."""
@@ -108,13 +115,13 @@ class Predictor:
             # Cohorts queue for the host: a quarter of another's turn, as often as it is busy.
             queue_sec = (cohorts - 1) * host_sec * host_busy / 4 if choice.passes != 1 else 0.0
             fewest_sweeps = self._fewest_sweeps(
-                choice.passes, trip_sec + queue_sec, with_all_sec, demand
+                choice.passes, trip_sec + queue_sec, base_sec, demand
             )
             host_sweeps = num_layers * cohorts * host_sec / sweep_sec
             num_sweeps = max(fewest_sweeps, host_sweeps)
-            if choice.passes not in (1, None):
-                # Where the bound on passes and the host are about as tight, both hinder at times.
-                num_sweeps = math.hypot(fewest_sweeps**3, host_sweeps**3) ** (1 / 3)
+            if choice.passes != 1:
+                # Where the device's turns and the host are about as tight, both hinder at times.
+                num_sweeps = math.hypot(fewest_sweeps**6, host_sweeps**6) ** (1 / 6)
             if choice.passes == 1 and not self._is_flooded(cohorts, host_sec, trip_sec, sweep_sec):
                 turn_sec = max(trip_sec, cohorts * host_sec)
                 num_sweeps = max(num_sweeps, num_layers * -(-turn_sec // sweep_sec) + 1)

@@ -60,8 +60,8 @@ class SweepLoop:
     ) -> "SweepLoop":
         """Return a loop of one strategy; what concerns the host counts where the policy has one.
 
-        shapes: with those of a host lane, if any policy has one. reuses_prefixes: as the scheduler
-        has it. monitor: learns from what sweeps took; whoever gives it reports the stages to it.
+        shapes: with those of a host lane, if any policy has one. monitor: learns from what sweeps
+        took; whoever gives it reports the stages to it. reuses_prefixes: as the scheduler has it.
         """
         has_host = policy.max_cohorts > 0
         scheduler = Scheduler(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from apex_jax.hardware import Handle
 
 IsReady = Callable[[Handle], bool]
+# Stages between two looks at what has ended, where nobody asks: their handles hold device memory.
+MAX_UNSEEN = 16
 
 
 class StageQueue:
@@ -27,6 +29,8 @@ class StageQueue:
 
     def append(self, stage: Handle) -> None:
         self._stages.append(stage)
+        if len(self._stages) % MAX_UNSEEN == 0:
+            self.depth()
 
     def depth(self) -> int:
         """Return how many stages the device has left to end, as far as is known."""

@@ -49,6 +49,14 @@ class Steered:
     def device_prompts_first(self) -> bool:
         return self._policy.device_prompts_first
 
+    @property
+    def drops_tokens(self) -> bool:
+        return self._policy.drops_tokens
+
+    @property
+    def keeps_host_rows(self) -> bool:
+        return self._policy.keeps_host_rows
+
     def consider(self, load: Load) -> None:
         self._policy.consider(load)
 

@@ -9,7 +9,7 @@ from apex_jax.adaptive import MIN_SWEEPS, Apex, ApexPaper
 from apex_jax.cost_model import StageTimes
 from apex_jax.monitor import StageMonitor
 from apex_jax.pipelining import AsymmetricPipelining
-from apex_jax.policies import DeviceOnly, Load, Merging
+from apex_jax.policies import DeviceOnly, Load, Merging, Waiting
 from apex_jax.simulation import Simulation, steady_state
 
 pytestmark = [
@@ -27,7 +27,7 @@ def load(device_rows, host_rows, waiting=0, **others):
         num_tokens=100 * device_rows,
         num_settled_rows=device_rows,
         num_settled_tokens=100 * device_rows,
-        num_waiting=waiting,
+        waiting=Waiting(waiting, 100.0, 1000.0, 128.0),
         lengths=[100] * host_rows,
         idle_cohorts=[0, 1, 2],
         max_rows=512,
@@ -110,13 +110,36 @@ def test_tokens_under_way_end_where_the_host_is_left_alone():
 def test_rows_that_the_device_has_room_for_are_hurried_home():
     policy = Apex(TIMES, SPAN)
     policy.consider(load(8, 100))
-    decision = decided(policy, load(8, 100, num_homing=2))
+    assert decided(policy, load(8, 100, num_homing=1)).best.choice.name == "merging"
+    decision = decided(policy, load(8, 100, num_homing=60))
     assert decision.best.choice.name == "homing"
     assert policy.form(load(8, 100)) == {}
     assert policy.passes is None
+    assert not policy.drops_tokens
     # And what was in force before is taken up again.
     assert decided(policy, load(8, 100)).best.choice.name == "merging"
     assert policy.form(load(8, 100))
+
+
+def test_tokens_that_would_keep_rows_from_home_for_long_are_given_up():
+    policy = Apex(replace(TIMES, host_row_sec=10.0), SPAN)
+    policy.consider(load(8, 10))
+    policy.consider(load(8, 4, num_homing=4, num_under_way=6, num_tokens_under_way=600))
+    assert policy.drops_tokens
+    policy.consider(load(8, 10))
+    assert not policy.drops_tokens
+
+
+def test_who_gets_more_from_the_device_than_the_way_to_the_host_costs_stays_away():
+    """Copies as dear as the prompt many times over, for few tokens; then for many."""
+    dear = replace(TIMES, host_copy_sec_per_token=1.0, host_row_sec=1.0)
+    seen = load(4, 0, waiting=100)
+    for output_tokens, pays in ((4.0, False), (4000.0, True)):
+        policy = Apex(dear, SPAN)
+        waiting = seen.waiting._replace(output_tokens=output_tokens)
+        policy.consider(replace(seen, waiting=waiting))
+        assert (policy.max_host_rows > 0) == pays
+        assert policy.keeps_host_rows == pays
 
 
 def test_the_paper_s_rule_lets_everybody_ride_where_the_device_has_no_rows():

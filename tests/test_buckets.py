@@ -145,7 +145,7 @@ def test_the_host_lane_of_the_usual_job():
     assert buckets.host.head_rows == (16, 32, 64, 128, 64 + 128)
     assert buckets.host.staging_pages == (8, 20, 46, 108, 256)
     assert buckets.host.move_pages == (8, 20, 46, 108)
-    assert buckets.chunks == ((1, 512), (1, 128), (1, 32), (4, 128))
+    assert buckets.chunks == ((1, 512), (1, 128), (4, 128), (16, 32))
     assert len(buckets.context_pages) == 3
     assert len(buckets.boundaries) == 4 + 3 * 4
     assert buckets.num_executables == 107
@@ -163,7 +163,7 @@ def test_the_usual_job():
     # 64 rows could ask for 2,048 blocks of 128 tokens, the pool has 125 and one of each row.
     assert buckets.num_blocks[64][-1] == 125 + 64
     assert buckets.num_blocks[2][-1] == 2 * 4096 // 128
-    assert buckets.chunks == ((1, 512), (1, 128), (1, 32), (4, 128), (16, 32))
+    assert buckets.chunks == ((1, 512), (1, 128), (4, 128), (16, 32), (1, 32))
     assert buckets.context_pages[-1] == 4096 // 16
     sizes = sum(map(len, buckets.num_blocks.values()))
     prefill = 5 * (1 + len(buckets.context_pages))

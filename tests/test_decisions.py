@@ -7,7 +7,7 @@ from apex_jax.adaptive import Apex
 from apex_jax.cost_model import StageTimes
 from apex_jax.decisions import DecisionRecord
 from apex_jax.plan import DecodeBatch, SweepPlan
-from apex_jax.policies import DeviceOnly, Load
+from apex_jax.policies import DeviceOnly, Load, Waiting
 
 TIMES = StageTimes(num_layers=8, linear_sec=1.0, host_row_sec=0.1)
 DECODE = DecodeBatch(*(np.zeros(1, np.int32) for _ in range(2)), np.zeros((1, 1), np.int32))
@@ -47,7 +47,7 @@ def test_the_error_is_that_of_plain_sweeps(policy):
 
 def test_a_decision_without_device_rows_has_no_error():
     policy = Apex(TIMES, 4)
-    policy.consider(Load(num_waiting=3))
+    policy.consider(Load(waiting=Waiting(3)))
     assert policy.decision.best.sweep_sec == 0
     record = DecisionRecord(policy, None)
     play(record, [0.0, 5.0], decode=DECODE)

@@ -63,7 +63,7 @@ def submit(loop, drawn):
     st.sampled_from(sorted(POLICIES)),
     st.lists(requests, min_size=1, max_size=14),
     st.integers(2, 16),
-    st.integers(8, 30),
+    st.integers(9, 30),
     st.integers(1, 5),
     st.integers(1, 9),
     st.integers(1, 6),
