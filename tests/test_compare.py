@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from apex_jax.config import Config, ConfigError
+from apex_jax.config import Config, ConfigError, LlamaConfig
 from apex_jax.models.hf_config import read_model_folder
 from apex_jax.models.safetensors_store import read_headers
 from configs.default import get_config
 from launch import compare as command
 from launch.comparison.adapters import environments, external
 from launch.comparison.adapters.agreement import agreement
+from launch.comparison.adapters.children.run_apex_jax import read_config
 from launch.comparison.adapters.environments import FRAMEWORKS, SetUpError, interpreter_of
 from launch.comparison.adapters.jobs import Job, JobResult
 from launch.comparison.adapters.processes import RunError, run_job
@@ -328,3 +329,11 @@ def test_a_real_framework_is_fair_and_chooses_our_tokens(name: str) -> None:
     framework = FRAMEWORKS[name]
     result = run_job(interpreter_of(framework, folder, None, print), framework.path, job, 600.0)
     assert agreement(result, reference)["equal_requests"] >= 0.8
+
+
+def test_settings_are_still_whole_after_a_turn():
+    """They are what the next turn is given."""
+    config = get_config()
+    config.model.architecture = LlamaConfig(2, 64, 128, 4, 2, 16, 256, 1024)
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert [read_config(settings) for _ in range(2)] == [config] * 2

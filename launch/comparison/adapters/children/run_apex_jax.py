@@ -26,11 +26,12 @@ WARM_UP_TOKENS = 4
 
 def read_config(settings: dict[str, Any]) -> Config:
     """Return the settings as dataclasses, which JSON does not have."""
-    architecture = settings["model"].pop("architecture")
-    config = with_settings(Config(), settings)
-    if architecture is not None:
-        rope = RopeConfig(**architecture.pop("rope"))
-        config.model.architecture = LlamaConfig(**architecture, rope=rope)
+    model = dict(settings["model"])
+    shape = model.pop("architecture")
+    config = with_settings(Config(), {**settings, "model": model})
+    if shape is not None:
+        rope = RopeConfig(**shape["rope"])
+        config.model.architecture = LlamaConfig(**{**shape, "rope": rope})
     return config
 
 
