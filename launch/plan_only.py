@@ -21,6 +21,7 @@ from apex_jax.forecast import Forecast, Job, Room, describe, forecast
 from apex_jax.hardware_profiles import GIB, DeviceProfile, HostProfile, stage_times
 from apex_jax.models.hf_config import read_model_folder
 from apex_jax.programs import span_of_layers
+from apex_jax.request import RequestError
 from apex_jax.text.model_text import load_text
 from configs.hardware.devices import DEVICES
 from configs.hardware.hosts import HOSTS
@@ -64,19 +65,29 @@ def read_job(config: Config, source: Path) -> Job:
     """
     text = load_text(Path(config.model.path).expanduser() if config.model.path else None)
     num_lines, prompts, outputs = 0, list[int](), list[int]()
+    reason = ""  # why the first line that was left out could not run
     try:
         with source.open("rb") as file:
             for raw in read_lines(file):
                 num_lines += 1
                 if num_lines <= SAMPLE_LINES:
                     entry = parse_line(raw, config.sampling)
-                    if isinstance(entry, BatchRequest):
+                    if not isinstance(entry, BatchRequest):
+                        reason = reason or f"line {num_lines}: {entry.message}"
+                        continue
+                    try:
                         prompts.append(len(text.encode(entry.prompt)))
-                        outputs.append(entry.sampling.max_tokens)
+                    except RequestError as error:  # such as a text where there is no tokenizer
+                        reason = reason or f"line {num_lines}: {error}"
+                        continue
+                    outputs.append(entry.sampling.max_tokens)
     except OSError as error:
         raise ConfigError(f"cannot read --input={source}: {error.strerror}") from None
     if not prompts:
-        raise ConfigError(f"--input={source} has no line that could run: there is nothing to plan")
+        because = f" ({reason})" if reason else ""
+        raise ConfigError(
+            f"--input={source} has no line that could run: there is nothing to plan{because}"
+        )
     share = len(prompts) / min(num_lines, SAMPLE_LINES)
     return Job(round(num_lines * share), _mean(prompts), _mean(outputs))
 

@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for path in left_out:
         print(f"note: {path} is no result file that is known here", file=sys.stderr)
-    print(f"{written[0]} and {len(written) - 1} pictures")
+    print(f"{written[0]} and {len(written) - 1} picture{'' if len(written) == 2 else 's'}")
     return 0
 
 

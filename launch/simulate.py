@@ -123,7 +123,8 @@ def _numbers(flag: str, texts: Sequence[str]) -> list[float]:
         try:
             numbers.append(float(text))
         except ValueError:
-            raise ConfigError(f"--{flag}: {text!r} is no number") from None
+            unit = "; the unit is GiB already" if flag.endswith("_gib") else ""
+            raise ConfigError(f"--{flag}: {text!r} is no number{unit}") from None
         if numbers[-1] <= 0:
             raise ConfigError(f"--{flag}: {text} must be above 0")
     return numbers
@@ -235,6 +236,8 @@ def main(argv: Sequence[str]) -> int:
         rows += play(condition, values)
     print(table(rows))
     write(Path(values.output), rows)
+    json_file = Path(values.output).with_suffix(".json")
+    print(f"results in {values.output} and {json_file}", file=sys.stderr)
     if values.plot is not None:
         Path(values.plot).write_text(draw_rates(rows))
     return 0

@@ -92,6 +92,9 @@ def _merged(sections: Sequence[Section]) -> list[Section]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    if path.suffix == ".csv" and beside.exists():
+        raise FileError(f"{path} holds rows only; name {beside}, which has the command beside them")
     try:
         return load_object(path.read_bytes(), str(path))
     except OSError as error:
