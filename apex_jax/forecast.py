@@ -6,7 +6,7 @@ for what limits it. What a steady state yields is prediction.py's. Called by pla
 
 from typing import NamedTuple
 
-from apex_jax.adaptive import Apex, ApexPaper
+from apex_jax.adaptive import MIN_GAIN, Apex, ApexPaper
 from apex_jax.config import SchedulerConfig
 from apex_jax.cost_model import PromptWork, Times
 from apex_jax.prediction import Choice, Demand, Prediction, Predictor
@@ -57,7 +57,27 @@ def forecast(
     room: Room,
     job: Job,
 ) -> Forecast:
-    """Return what one strategy would yield; config: its settings (cohorts, passes and so on)."""
+    """Return what one strategy would yield; config: its settings (cohorts, passes and so on).
+
+    `apex` leaves the host alone where its prompts would cost more than its tokens are worth.
+    """
+    found = _steady(strategy, config, times, layers_per_program, room, job)
+    if strategy != "apex":
+        return found
+    alone = _steady("device_only", config, times, layers_per_program, room, job)
+    is_worth_it = found.rate > (1 + MIN_GAIN) * alone.rate
+    return found if is_worth_it else alone._replace(strategy=strategy)
+
+
+def _steady(
+    strategy: str,
+    config: SchedulerConfig,
+    times: Times,
+    layers_per_program: int,
+    room: Room,
+    job: Job,
+) -> Forecast:
+    """Return what a strategy comes to with full lanes, or with everybody where fewer run."""
     tokens = job.prompt_tokens + job.output_tokens / 2  # of a row, half-way
     uses_device = strategy != "full_offload"
     device_rows = min(room.device_requests, int(room.device_tokens / tokens), job.num_requests)

@@ -71,7 +71,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, value, ok, right in (*self._numbers(), *self._lists()):
             if not ok:
-                raise RequestError(f"{name} is {value}; it must be {right}")
+                raise RequestError(f"{name} is {value!r}; it must be {right}")
 
     @property
     def has_penalty(self) -> bool:

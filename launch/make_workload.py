@@ -170,11 +170,11 @@ def _from_trace(
 def _from_lengths_or_texts(values: Any, vocabulary: Vocabulary, rng: random.Random) -> Made:
     limit = values.max_model_len
     if values.set is None:
-        if vocabulary.text.tokenizer is None:
-            raise ConfigError("texts become tokens with a tokenizer: --model must name its folder")
-        if values.requests is not None:
+        if values.requests is not None:  # some may be token ids
             path = Path(values.requests)
             prompts = read_batch(path, SamplingDefaults(), vocabulary.text)
+        elif vocabulary.text.tokenizer is None:
+            raise ConfigError("texts become tokens with a tokenizer: --model must name its folder")
         else:
             path = Path(values.sharegpt_json)
             prompts = read_sharegpt(path, vocabulary.text.tokenizer)

@@ -41,10 +41,11 @@ def plan(config: Config, source: Path, device: str | None, host: str | None) -> 
     validate(config)
     if (device is None) != (host is None):
         raise ConfigError("--device_profile and --host_profile go together: name both, or neither")
-    job = read_job(config, source)
+    job, left_out = read_job(config, source)
     lines = [
         f"job        {job.num_requests} requests, {job.prompt_tokens:.0f} prompt tokens and at "
-        f"most {job.output_tokens:.0f} output tokens on average"
+        f"most {job.output_tokens:.0f} output tokens on average",
+        *left_out,
     ]
     if device is None or host is None:
         lines += _plan_here(config, job)
@@ -58,14 +59,15 @@ def plan(config: Config, source: Path, device: str | None, host: str | None) -> 
     return "\n".join(lines)
 
 
-def read_job(config: Config, source: Path) -> Job:
-    """Return how many requests the input has, and their mean lengths; lines in error are left out.
+def read_job(config: Config, source: Path) -> tuple[Job, list[str]]:
+    """Return how many requests the input has, and their mean lengths; and what is left out, if any.
 
-    Lengths are those of the first lines; an output is taken to be as long as it may be.
+    Lengths are those of the first lines; an output is taken to be as long as it may be, and each of
+    several outputs of a line is a request. Lines in error are left out.
     """
     text = load_text(Path(config.model.path).expanduser() if config.model.path else None)
     num_lines, prompts, outputs = 0, list[int](), list[int]()
-    reason = ""  # why the first line that was left out could not run
+    errors: list[str] = []
     try:
         with source.open("rb") as file:
             for raw in read_lines(file):
@@ -73,23 +75,27 @@ def read_job(config: Config, source: Path) -> Job:
                 if num_lines <= SAMPLE_LINES:
                     entry = parse_line(raw, config.sampling)
                     if not isinstance(entry, BatchRequest):
-                        reason = reason or f"line {num_lines}: {entry.message}"
+                        errors.append(f"line {num_lines}: {entry.message}")
                         continue
                     try:
-                        prompts.append(len(text.encode(entry.prompt)))
+                        num_tokens = len(text.encode(entry.prompt))
                     except RequestError as error:  # such as a text where there is no tokenizer
-                        reason = reason or f"line {num_lines}: {error}"
+                        errors.append(f"line {num_lines}: {error}")
                         continue
-                    outputs.append(entry.sampling.max_tokens)
+                    prompts += [num_tokens] * entry.sampling.n
+                    outputs += [entry.sampling.max_tokens] * entry.sampling.n
     except OSError as error:
         raise ConfigError(f"cannot read --input={source}: {error.strerror}") from None
     if not prompts:
-        because = f" ({reason})" if reason else ""
+        because = f" ({errors[0]})" if errors else ""
         raise ConfigError(
             f"--input={source} has no line that could run: there is nothing to plan{because}"
         )
-    share = len(prompts) / min(num_lines, SAMPLE_LINES)
-    return Job(round(num_lines * share), _mean(prompts), _mean(outputs))
+    num_seen = min(num_lines, SAMPLE_LINES)
+    job = Job(round(num_lines * len(prompts) / num_seen), _mean(prompts), _mean(outputs))
+    if not errors:
+        return job, []
+    return job, [f"left out   {len(errors)} of {num_seen} lines, the first: {errors[0]}"]
 
 
 def _plan_here(config: Config, job: Job) -> list[str]:

@@ -256,7 +256,7 @@ def test_a_batch_line_that_cannot_run_is_refused(tmp_path, lines, message):
         ({"set": "osc", "arrivals": "poisson"}, r"--arrivals=poisson needs --request_rate"),
         ({"set": "osc", "arrivals": "trace"}, r"--arrivals=trace are those of a trace: give"),
         ({"set": "neo_50", "max_model_len": 100}, r"hardly any request .* at most 100 tokens"),
-        ({"requests": "mine.jsonl"}, r"--model must name its folder"),
+        ({"sharegpt_json": "mine.json"}, r"--model must name its folder"),
         ({"set": "osc", "model": "/nowhere"}, r"/nowhere.*no such folder"),
     ],
 )
@@ -309,3 +309,13 @@ def test_a_command_that_cannot_be_carried_out_is_refused(capsys, output, rest, m
     given = values(set="neo_50", num_requests=1, output=output)
     assert main(["make_workload", *rest], given) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_requests_of_token_ids_need_no_tokenizer(tmp_path):
+    source = tmp_path / "ids.jsonl"
+    source.write_text('{"custom_id": "a", "prompt_token_ids": [5, 6], "max_tokens": 3}\n')
+    (request,) = make(values(requests=str(source))).requests
+    assert request.prompt_token_ids == (5, 6)
+    source.write_text('{"custom_id": "a", "prompt": "text", "max_tokens": 3}\n')
+    with pytest.raises(FileError, match="line 1: prompt is text, and there is no tokenizer"):
+        make(values(requests=str(source)))

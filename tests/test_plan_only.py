@@ -6,6 +6,7 @@ import re
 import pytest
 
 from apex_jax.config import STRATEGIES, Config, ConfigError, LlamaConfig, ModelConfig
+from configs.llama_3_2_3b import get_config
 from launch.plan_only import plan, read_job
 
 SHAPE = LlamaConfig(
@@ -37,8 +38,24 @@ def source(tmp_path):
 
 
 def test_a_job_is_read_by_its_lines(config, source):
-    job = read_job(config, source)
+    job, left_out = read_job(config, source)
     assert job == (600, 301, 200)
+    (words,) = left_out
+    assert words.startswith("left out   1 of 601 lines, the first: line 601: not JSON")
+
+
+def test_each_output_of_a_line_is_a_request_and_texts_need_a_tokenizer(config, source):
+    lines = [
+        {"custom_id": "ids", "prompt_token_ids": [5] * 10, "n": 3, "max_tokens": 20},
+        {"custom_id": "text", "prompt": "no tokenizer here"},
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job, (words,) = read_job(config, source)
+    assert job == (3, 10, 20)
+    assert "line 2: prompt is text, and there is no tokenizer" in words
+    source.write_text(json.dumps(lines[1]) + "\n")
+    with pytest.raises(ConfigError, match=r"nothing to plan \(line 1: prompt is text"):
+        read_job(config, source)
 
 
 def test_described_hardware_gives_every_strategy_a_line(config, source):
@@ -99,3 +116,15 @@ def test_a_card_that_cannot_hold_the_weights_is_refused(config, source):
     config.model.dtype = "float32"
     with pytest.raises(ConfigError, match=r"which cannot hold 25\.10 GiB of weights"):
         plan(config, source, "t4", "paper_t4")
+
+
+def test_apex_is_not_predicted_to_use_a_host_lane_that_costs_more_than_it_yields(source):
+    config = get_config()
+    config.model.weights = "dummy"
+    config.cache.device_bytes, config.cache.host_bytes = 3 * 2**30, 1_500_000_000
+    line = {"prompt_token_ids": [5] * 600, "max_tokens": 200}
+    lines = [json.dumps({"custom_id": str(index), **line}) + "\n" for index in range(100)]
+    source.write_text("".join(lines))
+    words = plan(config, source, "t4", "paper_t4")
+    rates = dict(re.findall(r"^(\w+) +(\d+\.\d) +\d+ ", words, re.M))
+    assert float(rates["apex"]) >= float(rates["device_only"])

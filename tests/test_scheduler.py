@@ -278,7 +278,7 @@ def test_sampling_parameters_are_held_to_their_ranges(name, value, message):
 def test_one_stop_string_alone_is_not_taken_for_its_characters():
     params = SamplingParams()
     object.__setattr__(params, "stop", "no")  # what the annotation check of the tests would stop
-    with pytest.raises(RequestError, match="stop is no; it must be a tuple of strings"):
+    with pytest.raises(RequestError, match="stop is 'no'; it must be a tuple of strings"):
         params.__post_init__()
 
 
