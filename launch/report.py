@@ -20,6 +20,7 @@ from launch.comparison import (
     page_host_attention,
     page_long_job,
     page_measured,
+    page_prefix,
     page_simulated,
 )
 from launch.comparison.decode import FileError
@@ -39,6 +40,7 @@ KINDS = (
     Kind("launch.simulate_grid", page_grid.is_grid, page_grid.grid_section),
     Kind("launch.bench_strategies", page_measured.is_strategies, page_measured.strategies_section),
     Kind("launch.long_job", page_long_job.is_long_job, page_long_job.long_job_section),
+    Kind("launch.bench_prefix", page_prefix.is_prefix, page_prefix.prefix_section),
     Kind(
         "launch.bench_host_attention",
         page_host_attention.is_host_attention,

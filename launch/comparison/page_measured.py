@@ -121,7 +121,7 @@ def _series(label: str, values: Sequence[Found]) -> Series:
 
 
 def is_parity(content: dict[str, Any]) -> bool:
-    return _has_column(content, "equal_percent")
+    return _has_column(content, "equal_percent") and _has_column(content, "dtype")
 
 
 def parity_section(loaded: Loaded) -> Section:
