@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLATFORMS = ("auto", "cpu", "gpu")
+ATTENTIONS = ("auto", "xla", "native")
 STRATEGIES = (
     "apex",
     "apex_paper",
@@ -187,9 +188,14 @@ class SamplingDefaults:
 
 @dataclass
 class DeviceConfig:
-    """platform: auto (a GPU where there is one), cpu or gpu."""
+    """Where the model runs.
+
+    platform: auto (a GPU where there is one), cpu or gpu. attention: xla, or native (the host
+    attention op, on a CPU without a host lane: faster there); auto is native where it can be.
+    """
 
     platform: str = "auto"
+    attention: str = "auto"
 
 
 @dataclass
@@ -315,6 +321,10 @@ def validate(config: Config) -> None:
     _require(watchdog_sec > 0, "scheduler.watchdog_sec", watchdog_sec, "above 0")
     platform = config.device.platform
     _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
+    attention = config.device.attention
+    _require(
+        attention in ATTENTIONS, "device.attention", attention, "one of " + ", ".join(ATTENTIONS)
+    )
     _validate_host(config.host)
     _require(
         scheduler.predicts or not config.profile.recalibrate,
