@@ -43,7 +43,7 @@ described() { # name, card, config, MiB of KV cache there, requests, output toke
 }
 
 paced() { # card, config, MiB, requests, output tokens
-    described "paced_$1" "$1" "$2" "$3" "$(size "$4" 8)" "$(size "$5" 16)" --backend=paced \
+    described "paced_$1" "$1" "$2" "$3" "$(size "$4" 32)" "$(size "$5" 16)" --backend=paced \
         --repeats=2 --request_rates="$(size own,3 own)" --budget_sec=570
 }
 
@@ -55,7 +55,7 @@ online() { # card, host, config, MiB, rates
 part() { # name
     case "$1" in
     stand_in)
-        compare stand_in "$(size 96 12)" 96 "$(size 64 8)" --model=configs/demo_model \
+        compare stand_in "$(size 64 12)" 96 "$(size 64 8)" --model=configs/demo_model \
             --config=configs/demo.py --config.device.platform=cpu --repeats=2 --budget_sec=400 \
             --strategies=device_only,full_offload,asymmetric_pipelining,async_overlap,staggered_2,passes_2,apex_paper,apex
         ;;
@@ -64,7 +64,7 @@ part() { # name
     paced_steady)
         python -m launch.paced_proof --output="$folder/paced_steady.json" $(size "" --smoke)
         ;;
-    online_t4) online t4 paper_t4 llama_3_2_3b 512 own,0.5,1,1.5,2,3 ;;
+    online_t4) online t4 paper_t4 llama_3_2_3b 512 own,1,1.5,2,3,4 ;;
     online_a10) online a10 paper_a10 llama_3_1_8b 1024 own,1,2,3,4,6 ;;
     *)
         echo "error: there is no part '$1'; see the head of launch/publish_benchmarks.sh" >&2
