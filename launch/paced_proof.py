@@ -83,7 +83,9 @@ def judge(card: str, turns: Sequence[Row], predictions: Sequence[Row]) -> Iterat
 
 def kept(row: Row) -> dict[str, bool | None]:
     """Return which bounds a row's medians keep; None where a bound is not asked of it."""
-    found = {"predicted": abs(_middle(row, "over_predicted") - 1) <= FROM_PREDICTED}
+    found: dict[str, bool | None] = {
+        "predicted": abs(_middle(row, "over_predicted") - 1) <= FROM_PREDICTED
+    }
     asked = ("arithmetic", "idle", "sweep")
     if row["strategy"] not in HELD:
         return found | dict.fromkeys(asked)

@@ -55,8 +55,8 @@ online() { # card, host, config, MiB, rates
 part() { # name
     case "$1" in
     stand_in)
-        compare stand_in "$(size 64 12)" 96 "$(size 64 8)" --model=configs/demo_model \
-            --config=configs/demo.py --config.device.platform=cpu --repeats=2 --budget_sec=400 \
+        compare stand_in "$(size 96 12)" 96 "$(size 64 8)" --model=configs/demo_model \
+            --config=configs/demo.py --config.device.platform=cpu --repeats=3 --budget_sec=400 \
             --strategies=device_only,full_offload,asymmetric_pipelining,async_overlap,staggered_2,passes_2,apex_paper,apex
         ;;
     paced_t4) paced t4 llama_3_2_3b 256 48 160 ;;
