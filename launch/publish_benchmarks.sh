@@ -44,7 +44,7 @@ described() { # name, card, config, MiB of KV cache there, requests, output toke
 
 paced() { # card, config, MiB, requests, output tokens
     described "paced_$1" "$1" "$2" "$3" "$(size "$4" 32)" "$(size "$5" 16)" --backend=paced \
-        --repeats=2 --request_rates="$(size own,3 own)" --budget_sec=570
+        --repeats=2 --request_rates="$(size own,3 own,20)" --budget_sec=570
 }
 
 online() { # card, host, config, MiB, rates
