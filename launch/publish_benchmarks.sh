@@ -9,7 +9,7 @@
 # online_t4, online_a10: loads and latencies, all simulated: the same on any machine, noisy or not.
 #
 # The first takes 8 minutes of a quiet machine, the paced ones 12 each and up to 9 GiB of memory,
-# the online ones 2. Runs are kept as they end; a part that fails does not keep the next from it.
+# the online ones 3. Runs are kept as they end; a part that fails does not keep the next from it.
 # --trial: tiny sizes and files in runs/trial, to see in a few minutes that nothing is missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
