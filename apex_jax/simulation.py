@@ -20,7 +20,7 @@ from apex_jax.scheduler import Scheduler
 from apex_jax.steady_load import SteadyLoad
 from apex_jax.sweep_loop import SweepLoop
 
-# Of the host, in a look at a steady state: one more or less is a percent. And as long as it may last.
+# Of the host, in a look at a steady state: one more or less is a percent. As long as it may last.
 NUM_JOBS, MAX_ROUNDS = 100, 20
 WATCHDOG_SEC = 1e6  # nothing hangs on a virtual clock; a sweep may be described as slow
 
