@@ -95,6 +95,17 @@ def test_a_bound_on_the_time_per_token_is_kept():
     assert impossible.choice.name == "device_only"
 
 
+def test_a_bound_on_the_device_s_time_per_token_is_kept():
+    free = decided(Apex(TIMES, SPAN), load(4, 8)).best
+    alone_sec = 32 * 1.5
+    bound_sec = (alone_sec + free.sweep_sec) / 2
+    held = decided(Apex(TIMES, SPAN, TpotBounds(device_sec=bound_sec)), load(4, 8)).best
+    assert alone_sec <= held.sweep_sec <= bound_sec < free.sweep_sec
+    # Nothing is faster than the device by itself.
+    impossible = decided(Apex(TIMES, SPAN, TpotBounds(device_sec=1e-9)), load(4, 8)).best
+    assert impossible.choice.name == "device_only"
+
+
 def test_it_stays_with_what_is_about_as_good():
     policy = Apex(TIMES, SPAN)
     first = decided(policy, load(4, 100)).best.choice
