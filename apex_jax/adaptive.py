@@ -16,6 +16,7 @@ from apex_jax.policies import Action, CohortView, Load, Merging, Policy
 from apex_jax.prediction import Choice, Demand, Prediction, Predictor
 
 MIN_GAIN = 0.015  # over device_only: less is noise
+MIN_JOB_GAIN = 0.03  # likewise of a whole job, by guessed costs of the way there and back
 MIN_CHANGE = 0.01  # over the choice in force: a change costs the tokens under way some time
 # Of a request's time on the device: where its way through the host lane costs more, only those go
 # home that the device has room for when nobody waits any more.
@@ -184,7 +185,7 @@ class Apex(Adaptive):
             fewer = wanted._replace(host_rows=num_host + waiting.num_requests // 4**part)
             all_in += self._candidates.estimate(fewer, load.max_rows)
         most = max(all_in, key=lambda one: detour.gain_sec(one, num_host))
-        pays = detour.gain_sec(most, num_host) > MIN_GAIN * detour.horizon_sec
+        pays = detour.gain_sec(most, num_host) > MIN_JOB_GAIN * detour.horizon_sec
         self.max_host_rows = most.host_rows if pays else 0
         self.keeps_host_rows = pays
 
