@@ -125,8 +125,8 @@ class SchedulerConfig:
     cohorts: groups in which host-lane requests move through the layers, for `staggered` and
         `passes`; the other strategies have one or two.
     passes: layers a cohort may advance per sweep, for `passes`.
-    max_host_tpot_sec: for `apex`, the longest predicted time per output token in the host lane;
-        schedules beyond it are not chosen. None for no bound.
+    max_host_tpot_sec, max_device_tpot_sec: for `apex`, the longest predicted time per output token
+        in a lane; schedules of the host lane beyond them are not chosen. None for no bound.
     max_requests: requests on the device that decode or prefill at once.
     max_host_requests: likewise on the host.
     max_prefill_tokens: prompt tokens per sweep; long prompts are cut into chunks of this size.
@@ -140,6 +140,7 @@ class SchedulerConfig:
     cohorts: int = 2
     passes: int = 2
     max_host_tpot_sec: float | None = None
+    max_device_tpot_sec: float | None = None
     max_requests: int = 64
     max_host_requests: int = 128
     max_prefill_tokens: int = 512
@@ -307,8 +308,11 @@ def validate(config: Config) -> None:
     _require(1 <= host_requests <= 4096, "scheduler.max_host_requests", host_requests, "1 to 4096")
     _require(cohorts >= 1, "scheduler.cohorts", cohorts, "at least 1")
     _require(passes >= 1, "scheduler.passes", passes, "at least 1")
-    tpot_sec = scheduler.max_host_tpot_sec
-    _require(tpot_sec is None or tpot_sec > 0, "scheduler.max_host_tpot_sec", tpot_sec, "above 0")
+    for name, tpot_sec in (
+        ("max_host_tpot_sec", scheduler.max_host_tpot_sec),
+        ("max_device_tpot_sec", scheduler.max_device_tpot_sec),
+    ):
+        _require(tpot_sec is None or tpot_sec > 0, f"scheduler.{name}", tpot_sec, "above 0")
     _require(
         prefill >= 16 and prefill & (prefill - 1) == 0,
         "scheduler.max_prefill_tokens",
