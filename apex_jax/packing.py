@@ -21,7 +21,6 @@ from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
 from apex_jax.request import TokenLogprobs
 from apex_jax.sampling import Logprobs, ModifierEntries, ModifierRows, SamplingRows
 
-
 # A slot or page past every end; of a padding row, whose position counts too, all four columns.
 _BEYOND = np.iinfo(np.int32).max
 _PADDING_4 = np.array([_BEYOND, 0, _BEYOND, _BEYOND], np.int32)

@@ -93,7 +93,12 @@ class SamplingParams:
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 is off)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("seed", self.seed, -(2**63) <= self.seed < 2**64, "a 64-bit integer"),
-            ("stop", repr(self.stop), _are_texts(self.stop), "a tuple of strings that are not empty"),
+            (
+                "stop",
+                repr(self.stop),
+                _are_texts(self.stop),
+                "a tuple of strings that are not empty",
+            ),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1"),
             ("min_tokens", self.min_tokens, 0 <= self.min_tokens <= self.max_tokens, most_minimum),
             ("presence_penalty", presence, -2 <= presence <= 2, "between -2 and 2"),
