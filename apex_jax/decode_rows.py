@@ -21,9 +21,9 @@ from apex_jax.slot_table import SlotTable
 class RowSet:
     """Sequences with a slot, and what does not change while they keep it.
 
-    owners_b: their indices. sampling_b, is_greedy, wants_logprobs: as in HeadBatch. stops_bk: tokens
-    that may end them. watched: rows each of whose tokens wants a look. is_modified: whether anything
-    changes scores.
+    owners_b: their indices. sampling_b, is_greedy, wants_logprobs: as in HeadBatch. stops_bk:
+    tokens that may end them. watched: rows each of whose tokens wants a look. is_modified: whether
+    anything changes scores.
     """
 
     sequences: AbstractSequence[Sequence]

@@ -88,7 +88,7 @@ def pack_blocks(
         table_bm = np.zeros((b, padded_m), np.int32)
         table_bm[:, :m] = batch.block_table_bm
     table_bji = table_bm.reshape(b, -1, PAGES_PER_BLOCK)
-    firsts_j = np.arange(0, table_bji.shape[1] * block_tokens, block_tokens, np.int32)
+    firsts_j = np.arange(table_bji.shape[1], dtype=np.int32) * block_tokens
     left_bj = batch.positions_b[:, None] + 1 - firsts_j  # tokens from a block's first one on
     chosen = (left_bj > 0).nonzero()
     num_used = len(chosen[0])
