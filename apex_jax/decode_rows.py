@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64, Shaped
 
 from apex_jax.modifiers import ModifierBatch
-from apex_jax.plan import HeadBatch
+from apex_jax.plan import HeadBatch, is_greedy, wants_logprobs
 from apex_jax.sequence import Sequence
 from apex_jax.slot_table import SlotTable
 
@@ -21,14 +21,17 @@ from apex_jax.slot_table import SlotTable
 class RowSet:
     """Sequences with a slot, and what does not change while they keep it.
 
-    owners_b: their indices. sampling_b: of dtype plan.SAMPLING. stops_bk: tokens that may end them.
-    watched: rows each of whose tokens wants a look. is_modified: whether anything changes scores.
+    owners_b: their indices. sampling_b, is_greedy, wants_logprobs: as in HeadBatch. stops_bk:
+    tokens that may end them. watched: rows each of whose tokens wants a look. is_modified: whether
+    anything changes scores.
     """
 
     sequences: AbstractSequence[Sequence]
     slots_b: Int32[np.ndarray, "b"]
     owners_b: Int64[np.ndarray, "b"]
     sampling_b: Shaped[np.ndarray, "b"]
+    is_greedy: bool
+    wants_logprobs: bool
     stops_bk: Int32[np.ndarray, "b k"]
     watched: tuple[int, ...]
     is_modified: bool
@@ -43,12 +46,14 @@ class RowSet:
     def in_slots(
         table: SlotTable, sequences: AbstractSequence[Sequence], slots_b: Int32[np.ndarray, "b"]
     ) -> "RowSet":
-        # `take` is the quick way to gather records.
+        sampling_b = table.sampling_s.take(slots_b)  # the quick way to gather records
         return RowSet(
             sequences,
             slots_b,
             owners_b=table.owner_s[slots_b],
-            sampling_b=table.sampling_s.take(slots_b),
+            sampling_b=sampling_b,
+            is_greedy=is_greedy(sampling_b),
+            wants_logprobs=wants_logprobs(sampling_b),
             stops_bk=table.stops_sk[slots_b],
             watched=tuple(table.is_watched_s[slots_b].nonzero()[0].tolist()),
             is_modified=bool(np.count_nonzero(table.is_modified_s[slots_b])),
@@ -74,11 +79,13 @@ class RowSet:
                 None if one.modifiers is None else one.modifiers.changes(one.num_unread)
                 for one in self.sequences
             ]
-        return HeadBatch.of_columns(
+        return HeadBatch(
             rows_b,
             self.slots_b,
             table.num_tokens_s[self.slots_b],
             self.sampling_b,
+            self.is_greedy,
+            self.wants_logprobs,
             None if changes is None else ModifierBatch.of(rows_b.tolist(), changes),
         )
 

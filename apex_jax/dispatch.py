@@ -1,6 +1,7 @@
 """The dispatch loop: carries a sweep's plan out, stage by stage, over a backend's verbs.
 
-Owns the order of stages, where each cohort stands, and the moves under way. What a stage computes
+Owns the order of stages and where each cohort stands; pages that change lanes are the page
+traffic's. What a stage computes
 is the backend's, what a sweep does is the plan's, and what happens where a cohort stands at a
 boundary is the policy's: every schedule is this loop with another policy, on every backend.
 
@@ -10,33 +11,25 @@ samples. Between two points lies the host's attention of one layer. Imports no j
 """
 
 import functools
-import math
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-
-import numpy as np
-from jaxtyping import Int32
 
 from apex_jax.hardware import (
     Backend,
     Boundary,
     DeviceAttention,
     Embed,
-    Export,
     Handle,
     Head,
     HostAttention,
-    Import,
     Layers,
     PostAttention,
     PreAttention,
-    ReadPages,
-    Stage,
     StagedLayer,
-    WritePages,
 )
+from apex_jax.page_traffic import PageTraffic
 from apex_jax.plan import (
     CohortBatch,
     DecodeBatch,
@@ -46,18 +39,11 @@ from apex_jax.plan import (
     Move,
     PrefillBatch,
     Sampled,
-    StagedPrefix,
     SweepPlan,
     join_sampled,
 )
 from apex_jax.policies import Action, CohortView, Policy
-from apex_jax.under_way import StageQueue, Transit
-
-AT_ONCE = -math.inf  # a deadline that has passed on every clock
-
-
-class StuckError(RuntimeError):
-    """Nothing moved within the watchdog's time."""
+from apex_jax.work import StuckError, Work
 
 
 @dataclass(frozen=True)
@@ -114,15 +100,6 @@ class _Cohort:
 
 
 @dataclass
-class _Moving:
-    """A move on its way, a few layers at a time."""
-
-    move: Move
-    next_layer: int = 0
-    under_way: deque[tuple[int, Handle]] = field(default_factory=deque)
-
-
-@dataclass
 class _Sweep:
     """What a launch gathers for its SweepHandle."""
 
@@ -135,7 +112,7 @@ class Dispatch:
     """The loop over one backend.
 
     layers_per_program: of the Layers stage; it divides num_layers. watchdog_sec: how long anything
-    may take before the job is failed. max_transit_pages, transit_sizes: of the Transit.
+    may take before the job is failed. max_transit_pages, transit_sizes: of the page traffic.
     """
 
     def __init__(
@@ -152,16 +129,10 @@ class Dispatch:
         self.stats = DispatchStats()
         self._backend, self._policy = backend, policy
         self._num_layers, self._span = num_layers, layers_per_program
-        self._watchdog_sec = watchdog_sec
         self._cohorts: dict[int, _Cohort] = {}
-        self._moves: list[_Moving] = []
-        # Of the backend alone: a method of this loop would hold it, and device memory, in a cycle.
-        self._is_ready = functools.partial(_is_ready, backend)
-        self._transit = Transit(max_transit_pages, transit_sizes, self._is_ready)
+        self._work = Work(backend, watchdog_sec)
+        self._traffic = PageTraffic(self._work, num_layers, max_transit_pages, transit_sizes)
         self._host_prefill: list[Handle] = []  # the group's hidden states, a handle a chunk
-        self._prefixes: deque[Handle] = deque()  # of the group's next layers, read by the host
-        self._queue = StageQueue(self._is_ready)
-        self._last: Handle | None = None
 
     # The two verbs of the engine
 
@@ -171,9 +142,14 @@ class Dispatch:
         Returns when its last stage is enqueued: long before that has run, where no cohort is on
         its way. Raises StuckError after the watchdog's time, and what made a host job fail.
         """
-        sweep = _Sweep()
-        self._last = None
-        self._queue.depth()  # forgets what has ended
+        try:
+            return self._launch(plan)
+        except StuckError as error:
+            raise StuckError(f"{error}: {self.describe()}") from None
+
+    def _launch(self, plan: SweepPlan) -> SweepHandle:
+        sweep, work = _Sweep(), self._work
+        work.begin_sweep()
         for cohort_id in plan.dropped_cohorts:
             del self._cohorts[cohort_id]
         for batch in plan.cohorts:
@@ -181,7 +157,7 @@ class Dispatch:
             self._cohorts[batch.cohort_id] = _Cohort(batch)
         for cohort in self._cohorts.values():
             cohort.num_passes = 0
-        self._moves += [_Moving(move) for move in plan.moves]
+        self._traffic.add(plan.moves)
         self._carry_moves(sweep)
         self._enter()
         if plan.prefill is not None:
@@ -193,14 +169,12 @@ class Dispatch:
             self._decode(plan.decode, plan.decode_head, sweep)
         elif self._cohorts:
             is_prefilling = plan.prefill is not None or plan.host_prefill is not None
-            self._advance_alone(sweep, [self._last] if is_prefilling and self._last else [])
-        elif self._last is None:
-            self._transit.forget_arrived()
-            if self._transit.handles:
-                self._wait(self._transit.handles)
+            self._advance_alone(sweep, [work.last] if is_prefilling and work.last else [])
+        elif work.last is None:
+            self._traffic.await_any()
         return SweepHandle(
             plan.sweep_id,
-            self._last,
+            work.last,
             (*sweep.heads, *(handle for _, handle in sweep.sampled)),
             tuple(cohort_id for cohort_id, _ in sweep.sampled),
             tuple(sweep.finished_moves),
@@ -212,12 +186,13 @@ class Dispatch:
         Raises StuckError after the watchdog's time.
         """
         if sweep.last is not None:
-            deadline_sec = self._backend.now() + self._watchdog_sec
-            if self._backend.wait_any([sweep.last], deadline_sec) is None:
+            try:
+                self._work.wait([sweep.last])
+            except StuckError:
                 raise StuckError(
-                    f"sweep {sweep.sweep_id} did not complete within {self._watchdog_sec:g} s; "
-                    f"{self.describe()}"
-                )
+                    f"sweep {sweep.sweep_id} did not complete within "
+                    f"{self._work.watchdog_sec:g} s; {self.describe()}"
+                ) from None
         return join_sampled([head.read() for head in sweep.heads])
 
     def describe(self) -> str:
@@ -227,29 +202,24 @@ class Dispatch:
             f"{one.point} of {self._num_layers}"
             for one in self._cohorts.values()
         )
-        moves = ", ".join(
-            f"{one.move.direction} {one.move.move_id} at layer {one.next_layer} with "
-            f"{len(one.under_way)} under way"
-            for one in self._moves
-        )
         return (
-            f"{len(self._queue)} device stages not seen to end; {cohorts or 'no cohorts'}; "
-            f"{moves or 'no moves'}"
+            f"{len(self._work.stages)} device stages not seen to end; "
+            f"{cohorts or 'no cohorts'}; {self._traffic.describe()}"
         )
 
     # Device rows
 
     def _prefill(self, batch: PrefillBatch, head: HeadBatch | None, sweep: _Sweep) -> None:
-        (x,) = self._enqueue(Embed(batch))
+        (x,) = self._work.enqueue(Embed(batch))
         for first_layer in range(0, self._num_layers, self._span):
-            (x,) = self._enqueue(Layers(batch, first_layer), x)
+            (x,) = self._work.enqueue(Layers(batch, first_layer), x)
             self._keep_moving(sweep)
         if head is not None:
-            sweep.heads += self._enqueue(Head((head,)), x)
+            sweep.heads += self._work.enqueue(Head((head,)), x)
 
     def _decode(self, batch: DecodeBatch, head: HeadBatch, sweep: _Sweep) -> None:
         """Carry the device rows through all layers; cohorts join or pass at decision points."""
-        (x,) = self._enqueue(Embed(batch))
+        (x,) = self._work.enqueue(Embed(batch))
         layer, place, merging = 0, _Place.BEFORE, list[_Cohort]()
         while (stop := self._next_decision(layer)) is not None:
             x = self._carry(batch, x, layer, place, stop, sweep)
@@ -259,7 +229,7 @@ class Dispatch:
                 [cohort] = merging
                 assert cohort.handle is not None
                 boundary = Boundary(layer, cohort.batch.cohort_id)
-                x, entered = self._enqueue(boundary, x, cohort.handle)
+                x, entered = self._work.enqueue(boundary, x, cohort.handle)
                 place, merging = _Place.INSIDE, []
                 self.stats.num_merges += 1
                 cohort.num_extra_passes = 0
@@ -286,25 +256,25 @@ class Dispatch:
         while True:
             left = end - layer
             if place is _Place.INSIDE:
-                (x,) = self._enqueue(DeviceAttention(batch, layer), x)
+                (x,) = self._work.enqueue(DeviceAttention(batch, layer), x)
                 layer, place = layer + 1, _Place.BEHIND
             elif place is _Place.BEHIND:
                 if left == 0 and stop is not None:
                     return x
                 if left == 0 or left >= reach:
-                    (x,) = self._enqueue(PostAttention(layer - 1), x)
+                    (x,) = self._work.enqueue(PostAttention(layer - 1), x)
                     place = _Place.BEFORE
                 else:
-                    (x,) = self._enqueue(Boundary(layer), x)
+                    (x,) = self._work.enqueue(Boundary(layer), x)
                     place = _Place.INSIDE
             elif left == 0:
                 return x
             elif left >= reach:
-                (x,) = self._enqueue(Layers(batch, layer), x)
+                (x,) = self._work.enqueue(Layers(batch, layer), x)
                 layer += self._span
                 self._keep_moving(sweep)
             else:
-                (x,) = self._enqueue(PreAttention(layer), x)
+                (x,) = self._work.enqueue(PreAttention(layer), x)
                 place = _Place.INSIDE
 
     def _next_decision(self, layer: int) -> int | None:
@@ -349,8 +319,8 @@ class Dispatch:
                 num_layers=self._num_layers,
                 num_extra_passes=cohort.num_extra_passes,
                 can_merge=can_merge,
-                ask_ready=functools.partial(self._is_ready, cohort.handle),
-                count_stages=self._queue.depth,
+                ask_ready=functools.partial(self._work.is_ready, cohort.handle),
+                count_stages=self._work.stages.depth,
             )
             action = self._policy.at_boundary(boundary, view)
             if action is not Action.WAIT:
@@ -358,16 +328,16 @@ class Dispatch:
                 assert can_merge or action is not Action.MERGE
                 return action
             # Who did not look at the queue will not decide otherwise when it is shorter.
-            stages = self._queue.all_but_one() if view.has_counted else ()
-            self._wait([cohort.handle, *stages])
+            stages = self._work.stages.all_but_one() if view.has_counted else ()
+            self._work.wait([cohort.handle, *stages])
 
     def _enter(self) -> None:
         """Let cohorts begin their token: embed it and enter layer 0."""
         for cohort in self._cohorts.values():
             points = [one.point for one in self._cohorts.values() if one.handle is not None]
             if cohort.handle is None and self._policy.may_enter(points, self._num_layers):
-                (x,) = self._enqueue(Embed(cohort.batch.decode))
-                (entered,) = self._enqueue(PreAttention(0, cohort.batch.cohort_id), x)
+                (x,) = self._work.enqueue(Embed(cohort.batch.decode))
+                (entered,) = self._work.enqueue(PreAttention(0, cohort.batch.cohort_id), x)
                 self._attend_on_host(cohort, entered)
 
     def _pass_alone(self, cohort: _Cohort, sweep: _Sweep) -> None:
@@ -377,7 +347,7 @@ class Dispatch:
             self._sample(sweep, [cohort], None)
             return
         boundary = Boundary(cohort.point, cohort.batch.cohort_id)
-        (entered,) = self._enqueue(boundary, cohort.handle)
+        (entered,) = self._work.enqueue(boundary, cohort.handle)
         cohort.num_extra_passes += 1
         self.stats.num_extra_passes += 1
         self._attend_on_host(cohort, entered)
@@ -385,7 +355,7 @@ class Dispatch:
     def _attend_on_host(self, cohort: _Cohort, entered: Handle) -> None:
         """Hand rows that have entered the layer of the cohort's point to the host."""
         job = HostAttention(cohort.batch.cohort_id, cohort.point, cohort.batch.decode)
-        cohort.handle = self._backend.submit_host(job, entered)
+        cohort.handle = self._work.submit_host(job, entered)
         cohort.point += 1
         cohort.num_passes += 1
         self.stats.num_host_jobs += 1
@@ -401,9 +371,9 @@ class Dispatch:
             assert cohort.handle is not None
             batches.append(cohort.batch.head)
             leaving = PostAttention(last_layer, cohort.batch.cohort_id)
-            groups += self._enqueue(leaving, cohort.handle)
+            groups += self._work.enqueue(leaving, cohort.handle)
             del self._cohorts[cohort.batch.cohort_id]
-        heads = self._enqueue(Head(tuple(batches)), *groups)
+        heads = self._work.enqueue(Head(tuple(batches)), *groups)
         if device:
             sweep.heads.append(heads[0])
             self.stats.num_joint_heads += len(cohorts)
@@ -421,7 +391,7 @@ class Dispatch:
             self._enter()
             under_way = [one for one in self._cohorts.values() if one.handle is not None]
             handles = [one.handle for one in under_way if one.handle is not None]
-            ready = self._wait([*handles, *prefilled])
+            ready = self._work.wait([*handles, *prefilled])
             self._carry_moves(sweep)
             for cohort in under_way:
                 if cohort.handle is ready:
@@ -438,113 +408,27 @@ class Dispatch:
             layer, index = divmod(unit, num_chunks)
             chunk = part.chunks[index]
             if index == 0 and part.prefix is not None:
-                self._stage_prefix(part.prefix, layer)
+                self._traffic.stage_prefix(part.prefix, layer)
             if layer == 0:
-                self._host_prefill += self._enqueue(Embed(chunk))
-            (x,) = self._enqueue(StagedLayer(chunk, layer), self._host_prefill[index])
+                self._host_prefill += self._work.enqueue(Embed(chunk))
+            (x,) = self._work.enqueue(StagedLayer(chunk, layer), self._host_prefill[index])
             self._host_prefill[index] = x
             if index == num_chunks - 1:
-                self._await_transit_room(len(part.host_pages_i))
-                self._to_host(layer, part.staging_pages_i, part.host_pages_i, from_staging=True)
+                self._traffic.unstage(layer, part.staging_pages_i, part.host_pages_i)
         for index, head in part.heads:
-            sweep.heads += self._enqueue(Head((head,)), self._host_prefill[index])
+            sweep.heads += self._work.enqueue(Head((head,)), self._host_prefill[index])
         if part.heads:
             self._host_prefill = []
 
-    def _stage_prefix(self, prefix: StagedPrefix, layer: int) -> None:
-        """Bring a layer of what the host has of the group's prompts into the staging plane.
-
-        The next layer is read ahead: behind this one's own pages on their way to the host, it would
-        be there only when these are, and the device would wait.
-        """
-        num_pages = len(prefix.host_pages_i)
-        while len(self._prefixes) < 2 and layer + len(self._prefixes) < self._num_layers:
-            self._await_transit_room(num_pages)
-            job = ReadPages(layer + len(self._prefixes), prefix.host_pages_i)
-            was_read = self._backend.submit_host(job)
-            self._transit.set_out(num_pages, was_read)
-            self._prefixes.append(was_read)
-        was_read = self._prefixes.popleft()
-        self._wait([was_read])
-        self._enqueue(Import(layer, prefix.staging_pages_i, to_staging=True), was_read)
-
-    def _to_host(
-        self,
-        layer: int,
-        device_pages_i: Int32[np.ndarray, "i"],
-        host_pages_i: Int32[np.ndarray, "i"],
-        *,
-        from_staging: bool,
-    ) -> None:
-        (exported,) = self._enqueue(Export(layer, device_pages_i, from_staging=from_staging))
-        written = self._backend.submit_host(WritePages(layer, host_pages_i), exported)
-        self._transit.set_out(len(host_pages_i), written)
-
-    def _has_transit_room(self, num_pages: int) -> bool:
-        """Whether so many pages of a layer may set out."""
-        self._queue.depth()  # forgets exports that have ended: their handles hold copies
-        return self._transit.has_room(num_pages)
-
-    def _await_transit_room(self, num_pages: int) -> None:
-        while not self._has_transit_room(num_pages):
-            self._wait(self._transit.handles[:1])
-
     def _carry_moves(self, sweep: _Sweep) -> None:
         """Take moves as far as they can go without waiting."""
-        for moving in list(self._moves):
-            move, num_pages = moving.move, len(moving.move.host_pages_i)
-            if move.direction is Direction.DEMOTION:
-                while moving.next_layer < self._num_layers and self._has_transit_room(num_pages):
-                    self._to_host(
-                        moving.next_layer,
-                        move.device_pages_i,
-                        move.host_pages_i,
-                        from_staging=False,
-                    )
-                    moving.next_layer += 1
-            else:
-                while moving.under_way and self._is_ready(moving.under_way[0][1]):
-                    layer, was_read = moving.under_way.popleft()
-                    self._enqueue(Import(layer, move.device_pages_i), was_read)
-                while moving.next_layer < self._num_layers and self._has_transit_room(num_pages):
-                    job = ReadPages(moving.next_layer, move.host_pages_i)
-                    was_read = self._backend.submit_host(job)
-                    moving.under_way.append((moving.next_layer, was_read))
-                    self._transit.set_out(num_pages, was_read)
-                    moving.next_layer += 1
-            if moving.next_layer == self._num_layers and not moving.under_way:
-                self._moves.remove(moving)
-                sweep.finished_moves.append(move.move_id)
-                self.stats.num_moves[move.direction] += 1
+        self._note_moved(self._traffic.carry(), sweep)
 
     def _keep_moving(self, sweep: _Sweep) -> None:
-        """Let moves go on beside the device's rows, until it runs out of stages.
+        """Let moves go on beside the device's rows, until it runs out of stages."""
+        self._note_moved(self._traffic.keep_moving(), sweep)
 
-        Few pages are between the lanes at once, so who looked after them but once a sweep would
-        leave the link idle for most of it.
-        """
-        while self._moves and self._queue.depth() > 1:
-            self._transit.forget_arrived()
-            if not self._transit.handles:
-                return
-            self._wait([self._transit.handles[0], *self._queue.all_but_one()])
-            self._carry_moves(sweep)
-
-    # Waiting
-
-    def _enqueue(self, stage: Stage, *operands: Handle) -> tuple[Handle, ...]:
-        handles = self._backend.enqueue(stage, *operands)
-        self._last = handles[-1]
-        self._queue.append(handles[-1])
-        return handles
-
-    def _wait(self, handles: Sequence[Handle]) -> Handle:
-        deadline_sec = self._backend.now() + self._watchdog_sec
-        ready = self._backend.wait_any(handles, deadline_sec)
-        if ready is None:
-            raise StuckError(f"nothing moved for {self._watchdog_sec:g} s: {self.describe()}")
-        return ready
-
-
-def _is_ready(backend: Backend, handle: Handle) -> bool:
-    return backend.wait_any((handle,), AT_ONCE) is not None
+    def _note_moved(self, finished: Iterable[Move], sweep: _Sweep) -> None:
+        for move in finished:
+            sweep.finished_moves.append(move.move_id)
+            self.stats.num_moves[move.direction] += 1

@@ -21,6 +21,10 @@ from apex_jax.plan import DecodeBatch, HeadBatch, PrefillBatch
 from apex_jax.request import TokenLogprobs
 from apex_jax.sampling import Logprobs, ModifierEntries, ModifierRows, SamplingRows
 
+# A slot or page past every end; of a padding row, whose position counts too, all four columns.
+_BEYOND = np.iinfo(np.int32).max
+_PADDING_4 = np.array([_BEYOND, 0, _BEYOND, _BEYOND], np.int32)
+
 
 class DecodeArrays(NamedTuple):
     """A decode batch on the device.
@@ -57,18 +61,19 @@ class ModifierArrays(NamedTuple):
 
 def num_blocks(batch: DecodeBatch, block_tokens: int) -> int:
     """Return how many KV blocks the rows fill after their new token is appended."""
-    return int((batch.positions_b // block_tokens + 1).sum())
+    return int((batch.positions_b // block_tokens).sum()) + len(batch.positions_b)
 
 
 def pack_rows(batch: DecodeBatch, *, rows: int, page_size: int) -> Int32[np.ndarray, "b 4"]:
     """Return DecodeArrays.rows_b4, padded to `rows` rows."""
     b = len(batch.slots_b)
-    rows_b4 = np.full((rows, 4), np.iinfo(np.int32).max, np.int32)
-    rows_b4[b:, 1] = 0
+    page_index_b, slot_in_page_b = np.divmod(batch.positions_b, page_size)
+    rows_b4 = np.empty((rows, 4), np.int32)
+    rows_b4[b:] = _PADDING_4
     rows_b4[:b, 0] = batch.slots_b
     rows_b4[:b, 1] = batch.positions_b
-    rows_b4[:b, 2] = batch.block_table_bm[np.arange(b), batch.positions_b // page_size]
-    rows_b4[:b, 3] = batch.positions_b % page_size
+    rows_b4[:b, 2] = batch.block_table_bm[np.arange(b), page_index_b]
+    rows_b4[:b, 3] = slot_in_page_b
     return rows_b4
 
 
@@ -77,20 +82,21 @@ def pack_blocks(
 ) -> Int32[np.ndarray, "c i"]:
     """Return DecodeArrays.blocks_ci, padded to `blocks` blocks; padding belongs to row `rows`."""
     b, m = batch.block_table_bm.shape
-    block_tokens = page_size * PAGES_PER_BLOCK
-    lengths_b = batch.positions_b + 1
-    blocks_b = -(-lengths_b // block_tokens)
-    row_c = np.repeat(np.arange(b), blocks_b)
-    index_c = np.arange(len(row_c)) - np.repeat(np.cumsum(blocks_b) - blocks_b, blocks_b)
-    used_c = np.minimum(lengths_b[row_c] - index_c * block_tokens, block_tokens)
-    padded_m = -(-m // PAGES_PER_BLOCK) * PAGES_PER_BLOCK
-    table_bm = np.zeros((b, padded_m), np.int32)
-    table_bm[:, :m] = batch.block_table_bm
+    block_tokens, table_bm = page_size * PAGES_PER_BLOCK, batch.block_table_bm
+    if m % PAGES_PER_BLOCK:
+        padded_m = -(-m // PAGES_PER_BLOCK) * PAGES_PER_BLOCK
+        table_bm = np.zeros((b, padded_m), np.int32)
+        table_bm[:, :m] = batch.block_table_bm
+    table_bji = table_bm.reshape(b, -1, PAGES_PER_BLOCK)
+    firsts_j = np.arange(table_bji.shape[1], dtype=np.int32) * block_tokens
+    left_bj = batch.positions_b[:, None] + 1 - firsts_j  # tokens from a block's first one on
+    chosen = (left_bj > 0).nonzero()
+    num_used = len(chosen[0])
     blocks_ci = np.zeros((blocks, 2 + PAGES_PER_BLOCK), np.int32)
-    blocks_ci[:, 0] = rows
-    blocks_ci[: len(row_c), 0] = row_c
-    blocks_ci[: len(row_c), 1] = used_c
-    blocks_ci[: len(row_c), 2:] = table_bm.reshape(b, -1, PAGES_PER_BLOCK)[row_c, index_c]
+    blocks_ci[num_used:, 0] = rows
+    blocks_ci[:num_used, 0] = chosen[0]
+    blocks_ci[:num_used, 1] = np.minimum(left_bj[chosen], block_tokens)
+    blocks_ci[:num_used, 2:] = table_bji[chosen]
     return blocks_ci
 
 
@@ -122,20 +128,13 @@ def unpack_prefill_targets(
 
 def pack_head(batch: HeadBatch, *, rows: int) -> Int32[np.ndarray, "b 9"]:
     """Spread the sampled rows over `rows` rows of hidden states; the others sample nothing."""
+    own_b9 = np.empty((len(batch.rows_b), 9), np.int32)
+    own_b9[:, 0] = batch.slots_b
+    own_b9[:, 1] = batch.positions_b
+    own_b9[:, 2:] = batch.sampling_b.view(np.int32).reshape(-1, 8)[:, :7]  # SAMPLING's own order
     packed_b9 = np.zeros((rows, 9), np.int32)
-    packed_b9[:, 0] = np.iinfo(np.int32).max
-    columns = (
-        batch.slots_b,
-        batch.positions_b,
-        batch.top_ks_b,
-        np.zeros_like(batch.slots_b),  # sample index: one sample per request in this version
-        batch.temperatures_b.view(np.int32),
-        batch.top_ps_b.view(np.int32),
-        batch.min_ps_b.view(np.int32),
-        batch.seeds_b2[:, 0].view(np.int32),
-        batch.seeds_b2[:, 1].view(np.int32),
-    )
-    packed_b9[batch.rows_b] = np.stack(columns, axis=1)
+    packed_b9[:, 0] = _BEYOND
+    packed_b9[batch.rows_b] = own_b9
     return packed_b9
 
 
@@ -151,7 +150,7 @@ def join_heads(batches: Sequence[HeadBatch]) -> tuple[HeadBatch, tuple[int, ...]
     columns: dict[str, Any] = {
         field.name: np.concatenate([getattr(batch, field.name) for batch in batches])
         for field in dataclasses.fields(HeadBatch)
-        if field.name.endswith(("_b", "_b2"))
+        if field.name.endswith("_b")
     }
     firsts_b = np.repeat(np.array(firsts, np.int32), [len(batch.rows_b) for batch in batches])
     columns["rows_b"] = columns["rows_b"] + firsts_b
@@ -163,8 +162,12 @@ def join_heads(batches: Sequence[HeadBatch]) -> tuple[HeadBatch, tuple[int, ...]
                 for batch, first in zip(batches, firsts, strict=True)
             ]
         )
-    wants_logprobs = any(batch.wants_logprobs for batch in batches)
-    joint = HeadBatch(**columns, wants_logprobs=wants_logprobs, modifiers=modifiers)
+    joint = HeadBatch(
+        **columns,
+        is_greedy=all(batch.is_greedy for batch in batches),
+        wants_logprobs=any(batch.wants_logprobs for batch in batches),
+        modifiers=modifiers,
+    )
     return joint, tuple(firsts), total
 
 
@@ -180,7 +183,7 @@ def pack_modifiers(batch: HeadBatch, *, rows: int, num_entries: int) -> Modifier
     )
     rows_b4[batch.rows_b] = np.stack(columns, axis=1)
     entries_e6 = np.zeros((num_entries, NUM_ENTRY_FIELDS), np.int32)
-    entries_e6[:, 0] = np.iinfo(np.int32).max
+    entries_e6[:, 0] = _BEYOND
     own_e6 = modifiers.entries_e.view(np.int32).reshape(-1, NUM_ENTRY_FIELDS)
     entries_e6[: len(own_e6)] = own_e6
     return ModifierArrays(rows_b4, entries_e6)
@@ -207,7 +210,7 @@ def unpack_modifiers(arrays: ModifierArrays) -> tuple[ModifierRows, ModifierEntr
 
 def pack_page_ids(pages_i: Int32[np.ndarray, "i"], *, size: int) -> Int32[np.ndarray, "size"]:
     """Return page ids padded to `size` with ids past the end, which scatters drop."""
-    page_ids = np.full(size, np.iinfo(np.int32).max, np.int32)
+    page_ids = np.full(size, _BEYOND, np.int32)
     page_ids[: len(pages_i)] = pages_i
     return page_ids
 

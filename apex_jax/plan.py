@@ -11,20 +11,22 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped, UInt32
+from jaxtyping import Int32, Shaped
 
 from apex_jax.modifiers import ModifierBatch, RowChanges
 from apex_jax.request import SamplingParams, TokenLogprobs
 
-# How a row's token is chosen, as far as the device is told with every token.
+# How a row's token is chosen. All but the last field is told to the device with every token, in
+# this order, a word of 32 bits for each number.
 SAMPLING = np.dtype(
     [
-        ("temperature", np.float32),
         ("top_k", np.int32),
+        ("sample_index", np.int32),
+        ("temperature", np.float32),
         ("top_p", np.float32),
         ("min_p", np.float32),
         ("seed", np.uint32, 2),
-        ("wants_logprobs", np.bool_),
+        ("wants_logprobs", np.int32),
     ]
 )
 
@@ -34,9 +36,10 @@ def sampling_columns(sampling: Sequence[SamplingParams]) -> Shaped[np.ndarray, "
     return np.array(
         [
             (
-                params.temperature,
                 # No vocabulary is larger than an int32, so a larger k cuts nothing either.
                 min(params.top_k, 2**31 - 1),
+                0,  # one sample per request in this version
+                params.temperature,
                 params.top_p,
                 params.min_p,
                 divmod(params.seed % 2**64, 2**32),
@@ -46,6 +49,16 @@ def sampling_columns(sampling: Sequence[SamplingParams]) -> Shaped[np.ndarray, "
         ],
         SAMPLING,
     )
+
+
+def is_greedy(sampling_b: Shaped[np.ndarray, "b"]) -> bool:
+    """Return whether every row takes its best token."""
+    return not np.count_nonzero(sampling_b["temperature"])
+
+
+def wants_logprobs(sampling_b: Shaped[np.ndarray, "b"]) -> bool:
+    """Return whether any row wants its token's logprobs."""
+    return bool(np.count_nonzero(sampling_b["wants_logprobs"]))
 
 
 @dataclass(frozen=True)
@@ -96,25 +109,19 @@ class HeadBatch:
 
     rows_b: row of that batch. slots_b: where the token goes in `tokens_by_slot`.
     positions_b: index the sampled token will have; with the seed it fixes the randomness.
-    wants_logprobs: whether any row does. modifiers: what changes scores; None where nothing does.
+    sampling_b: of dtype SAMPLING. is_greedy: whether every row is. wants_logprobs: whether any row
+    does. modifiers: what changes scores; None where nothing does.
     prompt: of a chunk whose own tokens' logprobs are wanted.
     """
 
     rows_b: Int32[np.ndarray, "b"]
     slots_b: Int32[np.ndarray, "b"]
     positions_b: Int32[np.ndarray, "b"]
-    temperatures_b: Float32[np.ndarray, "b"]
-    top_ks_b: Int32[np.ndarray, "b"]
-    top_ps_b: Float32[np.ndarray, "b"]
-    min_ps_b: Float32[np.ndarray, "b"]
-    seeds_b2: UInt32[np.ndarray, "b 2"]
+    sampling_b: Shaped[np.ndarray, "b"]
+    is_greedy: bool
     wants_logprobs: bool
     modifiers: ModifierBatch | None
     prompt: PromptTargets | None = None
-
-    @property
-    def is_greedy(self) -> bool:
-        return bool((self.temperatures_b == 0).all())
 
     @staticmethod
     def of(
@@ -125,34 +132,15 @@ class HeadBatch:
         changes: Sequence[RowChanges | None] | None = None,
     ) -> "HeadBatch":
         """Return the head of some rows; `changes` where any row may have some."""
-        return HeadBatch.of_columns(
+        sampling_b = sampling_columns(sampling)
+        return HeadBatch(
             np.array(rows, np.int32),
             np.array(slots, np.int32),
             np.array(positions, np.int32),
-            sampling_columns(sampling),
-            None if changes is None else ModifierBatch.of(rows, changes),
-        )
-
-    @staticmethod
-    def of_columns(
-        rows_b: Int32[np.ndarray, "b"],
-        slots_b: Int32[np.ndarray, "b"],
-        positions_b: Int32[np.ndarray, "b"],
-        sampling_b: Shaped[np.ndarray, "b"],
-        modifiers: ModifierBatch | None,
-    ) -> "HeadBatch":
-        """Return the head of some rows; sampling_b: of dtype SAMPLING."""
-        return HeadBatch(
-            rows_b=rows_b,
-            slots_b=slots_b,
-            positions_b=positions_b,
-            temperatures_b=sampling_b["temperature"],
-            top_ks_b=sampling_b["top_k"],
-            top_ps_b=sampling_b["top_p"],
-            min_ps_b=sampling_b["min_p"],
-            seeds_b2=sampling_b["seed"],
-            wants_logprobs=bool(np.count_nonzero(sampling_b["wants_logprobs"])),
-            modifiers=modifiers,
+            sampling_b,
+            is_greedy=is_greedy(sampling_b),
+            wants_logprobs=wants_logprobs(sampling_b),
+            modifiers=None if changes is None else ModifierBatch.of(rows, changes),
         )
 
 

@@ -171,7 +171,7 @@ def start(longest: int, *, reuses_prefixes: bool) -> Way:
     inner = engine._dispatch._backend
     assert isinstance(inner, XlaBackend)
     backend = ScoringBackend(inner, engine.programs.buckets, weights.to_module(model, loaded))
-    engine._dispatch._backend = backend
+    engine._dispatch._work.backend = backend
     return Way(engine, backend)
 
 

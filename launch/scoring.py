@@ -47,7 +47,7 @@ class ScoringBackend(WatchedBackend):
         for batch, scores_bv in self._heads:
             rows_bv = np.asarray(scores_bv, np.float32)
             for row, seed, position in zip(
-                batch.rows_b, batch.seeds_b2[:, 1], batch.positions_b, strict=True
+                batch.rows_b, batch.sampling_b["seed"][:, 1], batch.positions_b, strict=True
             ):
                 scores[int(seed), int(position)] = rows_bv[row]
         self._heads.clear()

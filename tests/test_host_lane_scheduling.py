@@ -339,7 +339,7 @@ def test_exported_pages_are_let_go_once_they_have_arrived():
     most = 0
     while not loop.outputs:
         loop.step()
-        exports = [one for one in loop.dispatch._queue if isinstance(one.value, np.ndarray)]
+        exports = [one for one in loop.dispatch._work.stages if isinstance(one.value, np.ndarray)]
         most = max(most, sum(one.value.size for one in exports if one.value.ndim == 2))
     assert most <= (3 + 3) * PAGE_SIZE, "max_transit_pages, and the last stage's"
 

@@ -261,7 +261,7 @@ def assert_nothing_is_left(engine: object) -> None:
     )
     assert len(scheduler._residency._free_slots) == scheduler.num_slots
     assert not dispatch._cohorts
-    assert not dispatch._moves
+    assert not len(dispatch._traffic)
 
 
 @pytest.mark.parametrize(

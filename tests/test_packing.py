@@ -192,4 +192,4 @@ def test_every_top_k_that_a_request_may_ask_for_can_be_packed():
         except RequestError:
             continue
         head = HeadBatch.of([0], [0], [1], [params])
-        assert head.top_ks_b[0] > 200_000  # beyond any vocabulary: off
+        assert head.sampling_b["top_k"][0] > 200_000  # beyond any vocabulary: off
