@@ -30,7 +30,8 @@ class XlaPages(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Pages, KV heads, tokens a page."""
-        return self.k_pkzh.shape[:3]
+        pages, kv_heads, page_size, _ = self.k_pkzh.shape
+        return pages, kv_heads, page_size
 
     def decode(
         self,
