@@ -8,18 +8,15 @@ loop like any policy. Imports no jax.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from apex_jax.candidates import MAX_COHORTS, UNBOUND, Candidates, TpotBounds
 from apex_jax.cost_model import Times
 from apex_jax.detour import Detour
 from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.policies import Action, CohortView, Load, Merging, Policy
 from apex_jax.prediction import Choice, Demand, Prediction, Predictor
 
-MAX_COHORTS = 3  # more of them only take smaller turns
-MAX_PASSING_COHORTS = 2  # with extra passes more of them mostly wait for each other
-# Of equals the first is taken: where the host is the limit, a bound on passes only makes it wait.
-PASSES = (None, 24, 16, 12, 8, 6, 4, 3, 2)
-MARGIN = 0.02  # of a window, for the noise of stage times: who misses one loses a sweep
-MIN_GAIN = 0.02  # over device_only: less is noise
+MIN_GAIN = 0.015  # over device_only: less is noise
+MIN_JOB_GAIN = 0.03  # likewise of a whole job, by guessed costs of the way there and back
 MIN_CHANGE = 0.01  # over the choice in force: a change costs the tokens under way some time
 # Of a request's time on the device: where its way through the host lane costs more, only those go
 # home that the device has room for when nobody waits any more.
@@ -104,19 +101,16 @@ class Adaptive:
 class Apex(Adaptive):
     """The schedule with the highest predicted rate: any number of cohorts, any passes, NEO's, none.
 
-    max_host_tpot_sec: bound on the time per output token of the host lane; choices beyond it are
-    not taken.
+    bounds: on the time per output token of each lane; choices beyond them are not taken.
     """
 
     # Who decodes on the device yields more for the same prompt, and while it waits to be filled the
     # host lane gains nothing.
     device_prompts_first = True
 
-    def __init__(
-        self, times: Times, layers_per_program: int, max_host_tpot_sec: float | None = None
-    ):
+    def __init__(self, times: Times, layers_per_program: int, bounds: TpotBounds = UNBOUND):
         super().__init__(times, layers_per_program)
-        self._max_host_tpot_sec = max_host_tpot_sec
+        self._candidates = Candidates(times, self._predictor, bounds)
         self._seen: tuple[int, ...] = ()
         self._num_sweeps = 0
         self._host_rate = 0.0  # of the schedule last decided for
@@ -124,7 +118,9 @@ class Apex(Adaptive):
     def predict(self, demand: Demand, max_rows: int) -> Prediction:
         """Return the prediction of what would be chosen for a steady state."""
         device_only = self._predictor.device_only(demand)
-        best = max(self._candidates(demand, max_rows), key=_rate, default=device_only)
+        self._candidates.forget()
+        found = self._candidates.rehearse(demand, max_rows)
+        best = max(found, key=_rate, default=device_only)
         return best if best.rate > (1 + MIN_GAIN) * device_only.rate else device_only
 
     def consider(self, load: Load) -> None:
@@ -139,6 +135,8 @@ class Apex(Adaptive):
             count.bit_length()
             for count in (load.num_settled_rows, num_host, load.waiting.num_requests)
         )
+        if seen != self._seen:
+            self._candidates.forget()
         if seen != self._seen or self._num_sweeps >= MIN_SWEEPS:
             self._seen, self._num_sweeps = seen, 0
             self._decide(load, num_host, num_tokens)
@@ -147,7 +145,7 @@ class Apex(Adaptive):
         row_tokens = num_tokens / num_host if num_host else _device_row_tokens(load)
         demand = Demand(load.num_settled_rows, load.num_settled_tokens, num_host, row_tokens)
         device_only = self._predictor.device_only(demand)
-        candidates = self._candidates(demand, load.max_rows)
+        candidates = self._candidates.rehearse(demand, load.max_rows)
         self._admit(load, demand, device_only, candidates)
         candidates.sort(key=_rate, reverse=True)
         best, reason = device_only, "no requests in the host lane"
@@ -159,7 +157,7 @@ class Apex(Adaptive):
         if best.choice != in_force:
             self._use(best.choice)
         self._host_rate = best.host_rate
-        self.decision = Decision(demand, best, device_only, tuple(candidates), reason)
+        self.decision = Decision(demand, best, device_only, _best_of_each(candidates), reason)
 
     def _admit(
         self,
@@ -173,7 +171,7 @@ class Apex(Adaptive):
         wanted = demand._replace(host_rows=num_host + waiting.num_requests)
         all_in = list(candidates)
         if wanted != demand:
-            all_in += self._candidates(wanted, load.max_rows)
+            all_in += self._candidates.estimate(wanted, load.max_rows)
         most = max(all_in, key=_rate, default=device_only)
         pays = most.rate > (1 + MIN_GAIN) * device_only.rate
         self.max_host_rows = most.host_rows if pays else 0
@@ -185,9 +183,9 @@ class Apex(Adaptive):
             return
         for part in range(1, FEWER):
             fewer = wanted._replace(host_rows=num_host + waiting.num_requests // 4**part)
-            all_in += self._candidates(fewer, load.max_rows)
+            all_in += self._candidates.estimate(fewer, load.max_rows)
         most = max(all_in, key=lambda one: detour.gain_sec(one, num_host))
-        pays = detour.gain_sec(most, num_host) > MIN_GAIN * detour.horizon_sec
+        pays = detour.gain_sec(most, num_host) > MIN_JOB_GAIN * detour.horizon_sec
         self.max_host_rows = most.host_rows if pays else 0
         self.keeps_host_rows = pays
 
@@ -226,52 +224,6 @@ class Apex(Adaptive):
                 if is_same and one.rate * (1 + MIN_CHANGE) > best.rate:
                     return one, "it is in force, and none would yield much more"
         return best, "the highest predicted rate"
-
-    def _candidates(self, demand: Demand, max_rows: int) -> list[Prediction]:
-        """Return what can be had with the host lane, for each kind of schedule the best."""
-        if not demand.host_rows:
-            return []
-        found: list[Prediction] = []
-        for takes_all in (False, True):
-            pipelined = self._predictor.pipelining(demand, max_rows, takes_all=takes_all)
-            if pipelined.host_rows and self._is_allowed(pipelined):
-                found.append(pipelined)
-        for cohorts in range(1, min(MAX_COHORTS, demand.host_rows) + 1):
-            ways = self._ways(cohorts, demand, max_rows)
-            allowed = [one for one in ways if self._is_allowed(one)]
-            if allowed:
-                found.append(max(allowed, key=_rate))
-        return found
-
-    def _ways(self, cohorts: int, demand: Demand, max_rows: int) -> list[Prediction]:
-        """Return predictions for so many cohorts: merging alone, and with more and more passes.
-
-        Either with as many rows as do not miss their window, or with all there are: then the host
-        is busy, and the cohort passes seldom.
-        """
-        all_rows = min(max_rows, -(-demand.host_rows // cohorts))
-        fitting = min(all_rows, self._most_rows(cohorts, demand))
-        choices = [Choice("merging", cohorts, 1, fitting)]
-        if cohorts <= MAX_PASSING_COHORTS:
-            choices += [
-                Choice("merging", cohorts, passes, rows)
-                for rows in sorted({fitting, all_rows})
-                for passes in (1, *PASSES)
-            ]
-        return [self._predictor.merging(demand, choice) for choice in choices]
-
-    def _is_allowed(self, prediction: Prediction) -> bool:
-        bound, tpot_sec = self._max_host_tpot_sec, prediction.host_tpot_sec
-        return bound is None or (tpot_sec is not None and tpot_sec <= bound)
-
-    def _most_rows(self, cohorts: int, demand: Demand) -> int:
-        """Return the rows of a cohort that the host attends to between two turns of it."""
-        if not demand.device_rows:
-            return -(-demand.host_rows // cohorts)
-        window_sec = (1 - MARGIN) * self._predictor.device_only(demand).sweep_sec
-        trip_sec = 2 * self._times.transfer(num_rows=-(-demand.host_rows // cohorts))
-        seconds = min(window_sec / cohorts, window_sec - trip_sec)
-        return max(1, self._predictor.rows_within(seconds, demand))
 
 
 class ApexPaper(Adaptive):
@@ -334,6 +286,14 @@ class ApexPaper(Adaptive):
 
 def _rate(prediction: Prediction) -> float:
     return prediction.rate
+
+
+def _best_of_each(candidates: Sequence[Prediction]) -> tuple[Prediction, ...]:
+    """Return of each kind and number of cohorts the first."""
+    found: dict[tuple[str, int], Prediction] = {}
+    for one in candidates:
+        found.setdefault(one.choice[:2], one)
+    return tuple(found.values())
 
 
 def _host_rows(load: Load) -> tuple[int, int]:

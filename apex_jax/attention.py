@@ -5,11 +5,19 @@ lies in unused slots, NaN included, does not reach a result. Refuses nothing: sh
 business.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 CONTEXT_STEP_PAGES = 16  # pages of context per step of a prefill: bounds the scores held at once
+
+# Yields keys and values [i, m, k, z, h] of pages [i, m]; values of unused tokens [i, m * z] are 0.
+GatherPages = Callable[
+    [Int[Array, "i m"], Bool[Array, "i s"]],
+    tuple[Float[Array, "i m k z h"], Float[Array, "i m k z h"]],
+]
 
 
 def append_kv(
@@ -42,8 +50,7 @@ def decode_attention(
     k_heads, z = k_pages_pkzh.shape[1:3]
     q_ckgh = q_bnh.reshape(b, k_heads, n // k_heads, h).at[block_rows_c].get(mode="clip")
     used_cz = jnp.arange(m * z)[None, :] < block_lengths_c[:, None]
-    k_cmkzh = k_pages_pkzh.at[block_pages_cm].get(mode="clip")
-    v_cmkzh = _gather_used(v_pages_pkzh, block_pages_cm, used_cz)
+    k_cmkzh, v_cmkzh = gather_pages(k_pages_pkzh, v_pages_pkzh, block_pages_cm, used_cz)
 
     scores_ckgz = jnp.einsum(
         "ckgh,cmkzh->ckgmz", q_ckgh, k_cmkzh, preferred_element_type=jnp.float32
@@ -69,21 +76,26 @@ def decode_attention(
 
 def prefill_attention(
     q_btnh: Float[Array, "b t n h"],
-    k_pages_pkzh: Float[Array, "p k z h"],
-    v_pages_pkzh: Float[Array, "p k z h"],
+    gather: GatherPages,
     block_table_bm: Int[Array, "b m"],
     starts_b: Int[Array, "b"],
     lengths_b: Int[Array, "b"],
+    *,
+    page_size: int,
+    num_kv_heads: int,
+    step_pages: int = CONTEXT_STEP_PAGES,
+    stops_early: bool = False,
 ) -> Float[Array, "b t n h"]:
     """Attend a chunk of queries per row causally to the pages of its sequence, itself included.
 
     starts_b: index of each chunk's first token. lengths_b: tokens of the chunk, the queries after
     them being padding; 0 for a padding row. The context (all m pages of the table) is walked in
-    steps of a few pages with a running softmax; how many is known when the program is compiled.
+    steps of a few pages with a running softmax. stops_early: at the end of the longest row, which a
+    GPU would have to ask its host for; otherwise the number of steps is compiled in.
     """
     b, t, n, h = q_btnh.shape
-    k_heads, z = k_pages_pkzh.shape[1:3]
-    step_pages = min(CONTEXT_STEP_PAGES, block_table_bm.shape[1])
+    k_heads, z = num_kv_heads, page_size
+    step_pages = min(step_pages, block_table_bm.shape[1])
     num_steps = -(-block_table_bm.shape[1] // step_pages)
     padding = num_steps * step_pages - block_table_bm.shape[1]
     table_bsm = jnp.pad(block_table_bm, ((0, 0), (0, padding))).reshape(b, num_steps, step_pages)
@@ -91,15 +103,14 @@ def prefill_attention(
     query_index_bt = starts_b[:, None] + jnp.arange(t)[None, :]
     ends_b1 = (starts_b + lengths_b)[:, None]
 
-    def step(carry, step_index_and_pages):
+    def step(step_index, carry):
         max_bkgt, sum_bkgt, attended_bkgth = carry
-        step_index, pages_bm = step_index_and_pages
+        pages_bm = table_bsm[:, step_index]
         kv_index_s = step_index * step_pages * z + jnp.arange(step_pages * z)
         used_bs = kv_index_s[None, :] < ends_b1
         is_past_bts = kv_index_s[None, None, :] <= query_index_bt[:, :, None]
         visible_bts = is_past_bts & used_bs[:, None, :]
-        k_bmkzh = k_pages_pkzh.at[pages_bm].get(mode="clip")
-        v_bmkzh = _gather_used(v_pages_pkzh, pages_bm, used_bs)
+        k_bmkzh, v_bmkzh = gather(pages_bm, used_bs)
         scores = jnp.einsum(
             "bkgth,bmkzh->bkgtmz", q_bkgth, k_bmkzh, preferred_element_type=jnp.float32
         ).reshape(*max_bkgt.shape, step_pages * z)
@@ -114,7 +125,7 @@ def prefill_attention(
             preferred_element_type=jnp.float32,
         )
         sums = sum_bkgt * rescale + weights.sum(-1)
-        return (new_max, sums, attended_bkgth * rescale[..., None] + partial), None
+        return new_max, sums, attended_bkgth * rescale[..., None] + partial
 
     shape = q_bkgth.shape[:-1]
     start = (
@@ -123,20 +134,27 @@ def prefill_attention(
         jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, h), jnp.float32),
     )
-    steps = (jnp.arange(num_steps), table_bsm.transpose(1, 0, 2))
-    (_, sum_bkgt, attended_bkgth), _ = jax.lax.scan(step, start, steps)
+    last_step = num_steps
+    if stops_early:
+        last_step = -(-ends_b1.max() // (step_pages * z))
+    _, sum_bkgt, attended_bkgth = jax.lax.fori_loop(0, last_step, step, start)
     attended_bkgth = attended_bkgth / jnp.maximum(sum_bkgt, 1e-30)[..., None]
     return attended_bkgth.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(q_btnh.dtype)
 
 
-def _gather_used(
-    pages_pkzh: Float[Array, "p k z h"],
+def gather_pages(
+    k_pages_pkzh: Float[Array, "p k z h"],
+    v_pages_pkzh: Float[Array, "p k z h"],
     page_ids_im: Int[Array, "i m"],
     used_is: Bool[Array, "i s"],
-) -> Float[Array, "i m k z h"]:
-    """Return pages of values with unused slots zeroed: their weight is 0, but 0 * NaN is NaN."""
+) -> tuple[Float[Array, "i m k z h"], Float[Array, "i m k z h"]]:
+    """Return keys and values of pages; unused values are zero: their weight is, but 0 * NaN is NaN.
+
+    Page ids past the end yield any page.
+    """
     i, m = page_ids_im.shape
-    z = pages_pkzh.shape[2]
-    gathered = pages_pkzh.at[page_ids_im].get(mode="clip")
-    used_imz = used_is.reshape(i, m, z)
-    return jnp.where(used_imz[:, :, None, :, None], gathered, jnp.zeros((), pages_pkzh.dtype))
+    k_imkzh, v_imkzh = (
+        pages.at[page_ids_im].get(mode="clip") for pages in (k_pages_pkzh, v_pages_pkzh)
+    )
+    used_imz = used_is.reshape(i, m, v_pages_pkzh.shape[2])
+    return k_imkzh, jnp.where(used_imz[:, :, None, :, None], v_imkzh, 0)

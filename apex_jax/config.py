@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLATFORMS = ("auto", "cpu", "gpu")
+ATTENTIONS = ("auto", "xla", "native")
 STRATEGIES = (
     "apex",
     "apex_paper",
@@ -124,8 +125,8 @@ class SchedulerConfig:
     cohorts: groups in which host-lane requests move through the layers, for `staggered` and
         `passes`; the other strategies have one or two.
     passes: layers a cohort may advance per sweep, for `passes`.
-    max_host_tpot_sec: for `apex`, the longest predicted time per output token in the host lane;
-        schedules beyond it are not chosen. None for no bound.
+    max_host_tpot_sec, max_device_tpot_sec: for `apex`, the longest predicted time per output token
+        in a lane; schedules of the host lane beyond them are not chosen. None for no bound.
     max_requests: requests on the device that decode or prefill at once.
     max_host_requests: likewise on the host.
     max_prefill_tokens: prompt tokens per sweep; long prompts are cut into chunks of this size.
@@ -139,6 +140,7 @@ class SchedulerConfig:
     cohorts: int = 2
     passes: int = 2
     max_host_tpot_sec: float | None = None
+    max_device_tpot_sec: float | None = None
     max_requests: int = 64
     max_host_requests: int = 128
     max_prefill_tokens: int = 512
@@ -187,9 +189,14 @@ class SamplingDefaults:
 
 @dataclass
 class DeviceConfig:
-    """platform: auto (a GPU where there is one), cpu or gpu."""
+    """Where the model runs.
+
+    platform: auto (a GPU where there is one), cpu or gpu. attention: xla, or native (the host
+    attention op, on a CPU without a host lane: faster there); auto is native where it can be.
+    """
 
     platform: str = "auto"
+    attention: str = "auto"
 
 
 @dataclass
@@ -301,8 +308,11 @@ def validate(config: Config) -> None:
     _require(1 <= host_requests <= 4096, "scheduler.max_host_requests", host_requests, "1 to 4096")
     _require(cohorts >= 1, "scheduler.cohorts", cohorts, "at least 1")
     _require(passes >= 1, "scheduler.passes", passes, "at least 1")
-    tpot_sec = scheduler.max_host_tpot_sec
-    _require(tpot_sec is None or tpot_sec > 0, "scheduler.max_host_tpot_sec", tpot_sec, "above 0")
+    for name, tpot_sec in (
+        ("max_host_tpot_sec", scheduler.max_host_tpot_sec),
+        ("max_device_tpot_sec", scheduler.max_device_tpot_sec),
+    ):
+        _require(tpot_sec is None or tpot_sec > 0, f"scheduler.{name}", tpot_sec, "above 0")
     _require(
         prefill >= 16 and prefill & (prefill - 1) == 0,
         "scheduler.max_prefill_tokens",
@@ -315,6 +325,10 @@ def validate(config: Config) -> None:
     _require(watchdog_sec > 0, "scheduler.watchdog_sec", watchdog_sec, "above 0")
     platform = config.device.platform
     _require(platform in PLATFORMS, "device.platform", platform, "one of " + ", ".join(PLATFORMS))
+    attention = config.device.attention
+    _require(
+        attention in ATTENTIONS, "device.attention", attention, "one of " + ", ".join(ATTENTIONS)
+    )
     _validate_host(config.host)
     _require(
         scheduler.predicts or not config.profile.recalibrate,

@@ -125,6 +125,7 @@ class Engine:
             num_layers=plan.layers_per_program,
             device=device,
             precision=config.model.precision,
+            has_native_pages=plan.device_op is not None,
             on_late=on_progress,
         )
         setup_sec: dict[str, float] = {}
@@ -141,7 +142,9 @@ class Engine:
             on_progress(f"loading weights from {folder.path}")
             loaded = weights.load(folder.path, architecture, dtype, device)
         cache_shape = (architecture, memory.page_size, dtype, device)
-        pages = kv_cache.allocate(architecture, memory.num_pages, *cache_shape[1:])
+        pages = kv_cache.allocate(
+            architecture, memory.num_pages, *cache_shape[1:], is_native=plan.device_op is not None
+        )
         staging = None
         if has_host:
             staging = kv_cache.allocate_layer(

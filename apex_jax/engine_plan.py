@@ -14,11 +14,11 @@ import numpy as np
 
 from apex_jax import buckets
 from apex_jax.backends.host_lane import load_host_op
-from apex_jax.config import Config, LlamaConfig, validate
+from apex_jax.config import Config, ConfigError, LlamaConfig, validate
 from apex_jax.forecast import Room
 from apex_jax.memory import MemoryPlan, plan_memory
 from apex_jax.models.hf_config import ModelFolder, read_model_folder
-from apex_jax.ops.native_library import HostOp
+from apex_jax.ops.native_library import HostOp, usable_cpus
 from apex_jax.pages import num_pages_for
 from apex_jax.placement import choose_device, choose_dtype, describe_plan
 from apex_jax.profiling.batches import Capacity
@@ -32,7 +32,8 @@ class EnginePlan:
     """Everything that follows from the settings and the machine.
 
     config: as it will be honoured. folder: None for dummy weights without one. host_op: None
-    without a host lane. layers_per_program: of the Layers stage.
+    without a host lane. device_op: the same op as the device's attention; None where that is XLA's.
+    layers_per_program: of the Layers stage.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class EnginePlan:
     memory: MemoryPlan
     shapes: buckets.Buckets
     host_op: HostOp | None
+    device_op: HostOp | None
     layers_per_program: int
 
     @classmethod
@@ -68,6 +70,7 @@ class EnginePlan:
             memory=memory,
             shapes=_choose_buckets(config, memory),
             host_op=load_host_op(config.host) if has_host else None,
+            device_op=_load_device_op(config, architecture, memory, device),
             layers_per_program=span_of_layers(
                 architecture.num_layers, config.compile.layers_per_program, has_host_lane=has_host
             ),
@@ -97,15 +100,15 @@ class EnginePlan:
 
     def profile_key(self) -> dict[str, Any]:
         """Return what a profile of the engine holds for."""
-        host_op = self.host_op
+        op = self.host_op or self.device_op
         return make_key(
             device=self.device.device_kind,
             model=self.architecture,
             dtype=self.dtype.name,
             precision=self.config.model.precision,
-            isa=host_op.isa if host_op else "",
-            num_threads=host_op.num_threads if host_op else 0,
-            cpus=host_op.cpus if host_op else (),
+            isa=op.isa if op else "",
+            num_threads=op.num_threads if op else 0,
+            cpus=op.cpus if op else (),
             shapes=self.shapes,
             capacity=self.capacity,
         )
@@ -121,6 +124,7 @@ class EnginePlan:
             self.shapes,
             self.device,
             host_op=self.host_op,
+            device_op=self.device_op,
         )
 
 
@@ -136,6 +140,32 @@ def _plan_lanes(
         if memory.num_pages >= scheduler.max_requests * longest_pages:
             return alone, memory
     return config, plan_memory(config, architecture, dtype, device)
+
+
+def _load_device_op(
+    config: Config, architecture: LlamaConfig, memory: MemoryPlan, device: jax.Device
+) -> HostOp | None:
+    """Load the op that is the device's attention; None where XLA's is.
+
+    A CPU with a host lane stands in for a GPU, and so has a GPU's attention.
+    """
+    if config.device.attention == "xla":
+        return None
+    sizes = {"a head_dim": architecture.head_dim, "pages": memory.page_size}
+    odd = (f"{name} of {size}, no multiple of 8" for name, size in sizes.items() if size % 8)
+    why_not = "a host lane" if config.scheduler.has_host_lane else next(odd, "")
+    if device.platform != "cpu":
+        why_not = f"a {device.platform} as its device"
+    if not why_not:
+        host = config.host
+        if host.threads is None and not host.cpus and host.numa_node is None:
+            host = dataclasses.replace(host, threads=len(usable_cpus()))
+        return load_host_op(host)
+    if config.device.attention == "native":
+        raise ConfigError(
+            f"--config.device.attention is 'native', but the engine has {why_not}; leave it auto"
+        )
+    return None
 
 
 def _choose_buckets(config: Config, memory: MemoryPlan) -> buckets.Buckets:

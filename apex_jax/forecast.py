@@ -10,6 +10,7 @@ from apex_jax.adaptive import MIN_GAIN, Apex, ApexPaper
 from apex_jax.config import SchedulerConfig
 from apex_jax.cost_model import PromptWork, Times
 from apex_jax.prediction import Choice, Demand, Prediction, Predictor
+from apex_jax.strategies import tpot_bounds
 
 NUM_ITERATIONS = 4  # of the prompts in a sweep, whose number depends on how many requests it ends
 SATURATED = 0.95  # of the time: a host that is busier is what limits
@@ -120,7 +121,7 @@ def _predict(
         case "asymmetric_pipelining":
             return predictor.pipelining(demand, most_rows)
         case "apex":
-            policy = Apex(times, span, config.max_host_tpot_sec)
+            policy = Apex(times, span, tpot_bounds(config))
         case "apex_paper":
             policy = ApexPaper(times, span)
         case "full_offload":

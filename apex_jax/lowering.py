@@ -47,7 +47,9 @@ class Lowering:
         num_layers: int,
         device: jax.Device,
         precision: str,
+        has_native_pages: bool = False,
     ):
+        self._has_native_pages = has_native_pages
         self._model, self._dtype, self._buckets = model, dtype, buckets
         self._num_layers = num_layers
         self._sharding = jax.sharding.SingleDeviceSharding(device)
@@ -188,8 +190,8 @@ class Lowering:
             yield self._import("import", size, self._pages)
 
     def _import(self, stage: str, size: int, pages: kv_cache.LayerPages) -> Traced:
-        _, kv_heads, page_size, head_dim = pages.k_pkzh.shape
-        pages_ik2zh = self._floats(size, kv_heads, 2, page_size, head_dim)
+        _, kv_heads, page_size = pages.shape
+        pages_ik2zh = self._floats(size, kv_heads, 2, page_size, self._model.head_dim)
         import_ = jax.jit(stages.import_pages, donate_argnums=0)
         return self._trace(stage, (size,), import_, pages, pages_ik2zh, _ints(size))
 
@@ -225,7 +227,9 @@ class Lowering:
 
     def _abstract_pages(self, num_pages: int) -> kv_cache.LayerPages:
         page_size = self._buckets.page_size
-        return kv_cache.abstract_layer_pages(self._model, num_pages, page_size, self._dtype)
+        return kv_cache.abstract_layer_pages(
+            self._model, num_pages, page_size, self._dtype, is_native=self._has_native_pages
+        )
 
     def _floats(self, *shape: int) -> Any:  # it stands where arrays are annotated
         return jax.ShapeDtypeStruct(shape, self._dtype)

@@ -62,12 +62,15 @@ class Movement:
             return []
         moves: list[Move] = []
         is_kept = self._policy.keeps_host_rows and len(self._residency.waiting) > 0
+        # Who was driven out comes on top of those who are worth having there.
+        limit = self._policy.max_host_rows
+        num_over = 0 if limit is None else max(0, len(host.sequences) - limit)
         num_left = MAX_PROMOTIONS - self._num_to(Lane.DEVICE)
         for sequence in host.decoding.rows.sequences:
             if not device.can_ever_hold(sequence):
                 continue
             num_idle = self._residency.stats.num_sweeps - sequence.last_step
-            if is_kept and num_idle <= PATIENCE_SWEEPS:
+            if is_kept and len(moves) >= num_over and num_idle <= PATIENCE_SWEEPS:
                 continue
             if num_left == 0 or not device.has_row() or not device.has_pages(sequence):
                 if num_idle > PATIENCE_SWEEPS:

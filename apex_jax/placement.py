@@ -55,6 +55,7 @@ def describe_plan(
     shapes: Buckets,
     device: jax.Device,
     host_op: HostOp | None,
+    device_op: HostOp | None,
 ) -> str:
     """Return the effective plan, a few lines, before any work begins."""
     name = folder.path.name if folder else "no folder"
@@ -67,14 +68,11 @@ def describe_plan(
         f"{shape.num_heads} heads over {shape.num_kv_heads}, "
         f"{shape.num_parameters / 1e6:.1f} M parameters, {dtype.name}",
         f"device     {device.device_kind} ({device.platform}), {free} free",
-        f"strategy   {_describe_strategy(config)}; device attention: XLA, paged",
+        f"strategy   {_describe_strategy(config, device_op)}; device attention: "
+        + ("XLA, paged" if device_op is None else _describe_op(device_op)),
     ]
     if host_op is not None:
-        where = f" on CPUs {_list(host_op.cpus)}" if host_op.cpus else ""
-        lines.append(
-            f"host       attention op: {host_op.isa}, {host_op.num_threads} "
-            f"thread{'s' if host_op.num_threads > 1 else ''}{where}"
-        )
+        lines.append(f"host       attention op: {_describe_op(host_op)}")
     lines += [
         f"memory     weights {format_size(memory.weight_bytes)}, KV cache "
         f"{format_size(memory.pool_bytes)} ({memory.num_pages} pages of {memory.page_size} = "
@@ -105,11 +103,18 @@ def format_size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def _describe_strategy(config: Config) -> str:
+def _describe_op(op: HostOp) -> str:
+    where = f" on CPUs {_list(op.cpus)}" if op.cpus else ""
+    return f"{op.isa}, {op.num_threads} thread{'s' if op.num_threads > 1 else ''}{where}"
+
+
+def _describe_strategy(config: Config, device_op: HostOp | None) -> str:
     scheduler = config.scheduler
     match scheduler.strategy:
         case "device_only":
-            has_settings = config.host != HostConfig() or config.cache.host_bytes is not None
+            has_settings = config.cache.host_bytes is not None or (
+                device_op is None and config.host != HostConfig()
+            )
             ignored = ", so host settings have no effect" if has_settings else ""
             return f"device_only; no host lane{ignored}"
         case "full_offload":

@@ -205,9 +205,8 @@ class Merging(Fixed):
         return split_evenly(idle, len(load.lengths), load.num_under_way, self.max_cohorts, max_rows)
 
     def may_enter(self, points: Sequence[int], num_layers: int) -> bool:
-        # Two layers of slack: a cohort that once missed its window need not hold up the next.
-        spacing = (num_layers + 1) // self.max_cohorts - 2 if self.is_spread else 0
-        return all(point >= spacing for point in points)
+        least = spacing(num_layers, self.max_cohorts) if self.is_spread else 0
+        return all(point >= least for point in points)
 
     def at_boundary(self, boundary: int, cohort: CohortView) -> Action:
         if not cohort.can_merge:
@@ -218,6 +217,14 @@ class Merging(Fixed):
         if not cohort.is_ready:
             return Action.WAIT if cohort.queue_depth > 1 else Action.SKIP
         return Action.MERGE if cohort.can_merge else Action.EXTRA_PASS
+
+
+def spacing(num_layers: int, num_cohorts: int) -> int:
+    """Return how many layers cohorts keep apart that are spread.
+
+    Two layers of slack: a cohort that once missed its window need not hold up the next.
+    """
+    return (num_layers + 1) // num_cohorts - 2
 
 
 def split_evenly(

@@ -42,6 +42,7 @@ class Programs:
         num_layers: int,
         device: jax.Device,
         precision: str,
+        has_native_pages: bool = False,
         on_late: Callable[[str], None] = lambda line: None,
     ):
         self.buckets = buckets
@@ -58,6 +59,7 @@ class Programs:
             num_layers=num_layers,
             device=device,
             precision=precision,
+            has_native_pages=has_native_pages,
         )
 
     def __getitem__(self, key: ProgramKey) -> Any:

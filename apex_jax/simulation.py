@@ -20,6 +20,8 @@ from apex_jax.scheduler import Scheduler
 from apex_jax.steady_load import SteadyLoad
 from apex_jax.sweep_loop import SweepLoop
 
+# Of the host, in a look at a steady state: one more or less is a percent. As long as it may last.
+NUM_JOBS, MAX_ROUNDS = 100, 20
 WATCHDOG_SEC = 1e6  # nothing hangs on a virtual clock; a sweep may be described as slow
 
 
@@ -276,19 +278,22 @@ def frozen_state(
             previous = launched
             num_sweeps += 1
 
-    # A cohort that is far too large passes seldom: the look begins and ends as one does.
+    # A cohort that is far too large passes seldom: the look begins and ends as one does, and lasts
+    # until one job more or less says little.
     round_sweeps, stats = times.num_layers + 1, dispatch.stats
 
-    def play_on(least: int) -> None:
+    def play_on(least_sweeps: int, least_jobs: int = 0) -> None:
         first = num_sweeps
-        play(lambda: num_sweeps - first >= least)
-        jobs, most = stats.num_host_jobs, least + 2 * round_sweeps
-        is_used = policy.max_cohorts > 0 and jobs > 0
-        play(lambda: not is_used or stats.num_host_jobs > jobs or num_sweeps - first >= most)
+        end_job, last = stats.num_host_jobs + least_jobs, first + MAX_ROUNDS * round_sweeps
+        play(lambda: num_sweeps - first >= least_sweeps)
+        if stats.num_host_jobs:
+            play(lambda: stats.num_host_jobs >= end_job or num_sweeps >= last)
+            next_job, last = stats.num_host_jobs + 1, num_sweeps + 2 * round_sweeps
+            play(lambda: stats.num_host_jobs >= next_job or num_sweeps >= last)
 
     play_on(round_sweeps)
     begin_sec, first_sweep, first_layers = backend.now(), num_sweeps, stats.num_host_row_layers
-    play_on(num_rounds * round_sweeps)
+    play_on(num_rounds * round_sweeps, NUM_JOBS)
     seconds, done = backend.now() - begin_sec, num_sweeps - first_sweep
     row_layers = dispatch.stats.num_host_row_layers - first_layers
     return Steady(

@@ -15,8 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from apex_jax import sampling
-from apex_jax.attention import append_kv, decode_attention, prefill_attention
-from apex_jax.kv_cache import LayerPages
+from apex_jax.kv_cache import LayerPages, XlaPages
 from apex_jax.models.llama import DecoderLayer, RMSNorm, State, next_token_logits
 from apex_jax.packing import (
     DecodeArrays,
@@ -65,8 +64,8 @@ def layers_decode(
     """Carry one token per row through the layers; `pages` may be donated."""
     new_pages: list[LayerPages] = []
     for layer, layer_pages in zip(_layers(make_layer, layers, len(pages)), pages, strict=True):
-        q, k, v = layer.pre_attention(x_bd, arrays.rows_b4[:, 1])
-        attended, layer_pages = _append_and_attend(layer_pages, q, k, v, arrays)
+        qkv_bjh = jnp.concatenate(layer.pre_attention(x_bd, arrays.rows_b4[:, 1]), axis=1)
+        attended, layer_pages = device_attention(layer_pages, qkv_bjh, arrays)
         x_bd = layer.post_attention(x_bd, attended)
         new_pages.append(layer_pages)
     return x_bd, tuple(new_pages)
@@ -84,20 +83,15 @@ def layers_prefill(
 
     Also returns the hidden state of each chunk's last token, padded to `num_head_rows` rows.
     """
-    num_pages, _, page_size, _ = pages[0].k_pkzh.shape
+    num_pages, _, page_size = pages[0].shape
     positions_bt, page_ids_bt, slots_bt = unpack_prefill_targets(arrays, num_pages, page_size)
-    page_ids_i, slots_i = page_ids_bt.reshape(-1), slots_bt.reshape(-1)
     new_pages: list[LayerPages] = []
     made = _layers(make_layer, layers, len(pages))
-    for layer, (k_pages, v_pages) in zip(made, pages, strict=True):
-        q, k, v = layer.pre_attention(x_btd, positions_bt)
-        k_pages = append_kv(k_pages, k.reshape(-1, *k.shape[2:]), page_ids_i, slots_i)
-        v_pages = append_kv(v_pages, v.reshape(-1, *v.shape[2:]), page_ids_i, slots_i)
-        attended = prefill_attention(
-            q, k_pages, v_pages, arrays.rows_bi[:, 2:], arrays.rows_bi[:, 0], arrays.rows_bi[:, 1]
-        )
+    for layer, layer_pages in zip(made, pages, strict=True):
+        qkv = layer.pre_attention(x_btd, positions_bt)
+        attended, layer_pages = layer_pages.prefill(*qkv, page_ids_bt, slots_bt, arrays.rows_bi)
         x_btd = layer.post_attention(x_btd, attended)
-        new_pages.append(LayerPages(k_pages, v_pages))
+        new_pages.append(layer_pages)
     last_b11 = jnp.maximum(arrays.rows_bi[:, 1] - 1, 0)[:, None, None]
     last_bd = jnp.take_along_axis(x_btd, last_b11, axis=1)[:, 0]
     last_bd = jnp.pad(last_bd, ((0, num_head_rows - last_bd.shape[0]), (0, 0)))
@@ -119,10 +113,9 @@ def device_attention(
     pages: LayerPages, qkv_bjh: Float[Array, "b j h"], arrays: DecodeArrays
 ) -> tuple[Float[Array, "b n h"], LayerPages]:
     """Append each row's key and value and attend, itself included; `pages` may be donated."""
-    num_kv_heads = pages.k_pkzh.shape[1]
-    num_heads = qkv_bjh.shape[1] - 2 * num_kv_heads
-    q, k, v = jnp.split(qkv_bjh, [num_heads, num_heads + num_kv_heads], axis=1)
-    return _append_and_attend(pages, q, k, v, arrays)
+    rows_b4, blocks_ci = arrays
+    assert blocks_ci is not None
+    return pages.decode(qkv_bjh, rows_b4, blocks_ci)
 
 
 def post_attention(
@@ -231,15 +224,15 @@ def prompt_logprobs(
     return packed_src.reshape(-1, packed_src.shape[-1])[: b * t].reshape(b, t, -1)
 
 
-def export_pages(pages: LayerPages, page_ids_i: Int[Array, "i"]) -> Float[Array, "i k 2 z h"]:
+def export_pages(pages: XlaPages, page_ids_i: Int[Array, "i"]) -> Float[Array, "i k 2 z h"]:
     """Copy pages out in the layout of the host's pool; an id past the end yields any page."""
     gathered = [pool.at[page_ids_i].get(mode="clip") for pool in pages]
     return jnp.stack(gathered, axis=2)
 
 
 def import_pages(
-    pages: LayerPages, pages_ik2zh: Float[Array, "i k 2 z h"], page_ids_i: Int[Array, "i"]
-) -> tuple[Float[Array, "1"], LayerPages]:
+    pages: XlaPages, pages_ik2zh: Float[Array, "i k 2 z h"], page_ids_i: Int[Array, "i"]
+) -> tuple[Float[Array, "1"], XlaPages]:
     """Write exported pages; `pages` may be donated. Ids past the end are dropped.
 
     Also returns an element of theirs: a marker that outlives the next donation.
@@ -248,27 +241,9 @@ def import_pages(
         pool.at[page_ids_i].set(pages_ik2zh[:, :, half], mode="drop")
         for half, pool in enumerate(pages)
     )
-    return k_pkzh[0, 0, 0, :1], LayerPages(k_pkzh, v_pkzh)
+    return k_pkzh[0, 0, 0, :1], XlaPages(k_pkzh, v_pkzh)
 
 
 def _layers(make_layer: MakeLayer, layers: Flat, num_layers: int) -> Iterator[DecoderLayer]:
     size = len(layers) // num_layers
     return (make_layer(layers[first : first + size]) for first in range(0, len(layers), size))
-
-
-def _append_and_attend(
-    pages: LayerPages,
-    q_bnh: Float[Array, "b n h"],
-    k_bkh: Float[Array, "b k h"],
-    v_bkh: Float[Array, "b k h"],
-    arrays: DecodeArrays,
-) -> tuple[Float[Array, "b n h"], LayerPages]:
-    rows_b4, blocks_ci = arrays
-    assert blocks_ci is not None
-    page_ids_b, slots_b = rows_b4[:, 2], rows_b4[:, 3]
-    k_pages = append_kv(pages.k_pkzh, k_bkh, page_ids_b, slots_b)
-    v_pages = append_kv(pages.v_pkzh, v_bkh, page_ids_b, slots_b)
-    attended_bnh = decode_attention(
-        q_bnh, k_pages, v_pages, blocks_ci[:, 2:], blocks_ci[:, 0], blocks_ci[:, 1]
-    )
-    return attended_bnh, LayerPages(k_pages, v_pages)

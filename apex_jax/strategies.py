@@ -4,6 +4,7 @@ Owns what SchedulerConfig's fields mean to a policy. Called by the engine. Impor
 """
 
 from apex_jax.adaptive import Apex, ApexPaper
+from apex_jax.candidates import TpotBounds
 from apex_jax.config import SchedulerConfig
 from apex_jax.cost_model import Times
 from apex_jax.pipelining import AsymmetricPipelining
@@ -22,6 +23,10 @@ def cohort_rows(config: SchedulerConfig) -> int:
     return -(-config.max_host_requests // num_cohorts)
 
 
+def tpot_bounds(config: SchedulerConfig) -> TpotBounds:
+    return TpotBounds(config.max_host_tpot_sec, config.max_device_tpot_sec)
+
+
 def make_policy(
     config: SchedulerConfig, times: Times | None = None, layers_per_program: int = 1
 ) -> Policy:
@@ -32,7 +37,7 @@ def make_policy(
     match config.strategy:
         case "apex":
             assert times is not None
-            return Apex(times, layers_per_program, config.max_host_tpot_sec)
+            return Apex(times, layers_per_program, tpot_bounds(config))
         case "apex_paper":
             assert times is not None
             return ApexPaper(times, layers_per_program)

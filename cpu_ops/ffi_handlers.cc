@@ -201,10 +201,11 @@ ffi::Error Allocate(ffi::Result<ffi::AnyBuffer> pool) {
 }
 
 ffi::Error Append(ffi::AnyBuffer pool, ffi::AnyBuffer k, ffi::AnyBuffer v, Int32Matrix block_tables,
-                  Int32Vector lengths, ffi::Result<ffi::AnyBuffer> new_pool) {
+                  Int32Vector lengths, Int32Scalar num_rows,
+                  ffi::Result<ffi::AnyBuffer> new_pool) {
   Call call(pool);
   int64_t num_k = 0, num_v = 0;
-  call.ReadTables(block_tables, lengths, /*num_rows=*/nullptr, /*appends=*/true);
+  call.ReadTables(block_tables, lengths, &num_rows, /*appends=*/true);
   const HeadRows k_rows = call.ReadRows("k", k, call.padded_rows, &num_k);
   const HeadRows v_rows = call.ReadRows("v", v, call.padded_rows, &num_v);
   call.CheckKVHeads("k", num_k);
@@ -368,6 +369,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(apex_append, apex::Append,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<apex::Int32Matrix>()
                                   .Arg<apex::Int32Vector>()
+                                  .Arg<apex::Int32Scalar>()
                                   .Ret<xla::ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(apex_attend, apex::Attend,

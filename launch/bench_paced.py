@@ -11,10 +11,13 @@ what the arithmetic of DESIGN.md's section 3 allows with them.
 """
 
 import dataclasses
+import math
 import os
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +38,7 @@ from apex_jax.strategies import make_policy
 from configs.hardware.devices import DEVICES
 from configs.hardware.hosts import HOSTS
 from launch.environment import environment
-from launch.measuring import ResultFile, Row
+from launch.measuring import ResultFile, Row, reason
 from launch.paced_host import HostMeter
 from launch.schedule_arithmetic import Load, expected_rate
 from launch.shared_engine import Span, SpanKeeper
@@ -110,11 +113,13 @@ class Bench:
         device, host = self._requests(policy)
         num_layers = self.plan.model.num_layers
         run = SteadyRun(loop, policy, backend.now, num_layers)
-        run.fill(device, host, num_settling_sweeps=num_layers + 1)
-        look = run.look(self._seconds)
-        for request in [*device, *host]:
-            loop.scheduler.cancel(request.request_id)
-        loop.run()
+        try:
+            run.fill(device, host, num_settling_sweeps=num_layers + 1)
+            look = run.look(self._seconds)
+        finally:  # whatever it came to, the next turn finds the backend at rest
+            for request in [*device, *host]:
+                loop.scheduler.cancel(request.request_id)
+            loop.run()
         sizes = list(policy.cohort_rows.values())
         return {
             "strategy": name,
@@ -208,7 +213,9 @@ def _within(timeline: SpanKeeper, lane: str, look: Look) -> list[Span]:
     ]
 
 
-def predictions(bench: Bench, names: Sequence[str], meter: HostMeter) -> Iterator[Row]:
+def predictions(
+    bench: Bench, names: Sequence[str], meter: HostMeter, results: ResultFile
+) -> Iterator[Row]:
     """Play every strategy on a virtual clock, with the host's times as measured all along."""
     bench.times = meter.apply(bench.times)
     for name in names:
@@ -220,7 +227,19 @@ def predictions(bench: Bench, names: Sequence[str], meter: HostMeter) -> Iterato
             page_size=plan.shapes.page_size,
             on_span=timeline.span,
         )
-        yield bench.turn(name, backend, timeline)
+        turn = partial(bench.turn, name, backend, timeline)
+        row = _attempt(results, f"{name}, played", turn)
+        if row is not None:
+            yield row
+
+
+def _attempt(results: ResultFile, label: str, turn: Callable[[], Row]) -> Row | None:
+    """Return a turn's row; None, and a note in the file, where it was no steady state."""
+    try:
+        return turn()
+    except ValueError as error:
+        results.content["failed"][label] = reason(error)
+        return None
 
 
 def turns(
@@ -229,13 +248,21 @@ def turns(
     backend: PacedBackend,
     timeline: SpanKeeper,
     meter: HostMeter,
+    results: ResultFile,
 ) -> Iterator[Row]:
     """Run every strategy in real time, and again; each time measure the host before."""
+    deadline_sec = time.perf_counter() + _BUDGET.value
     for repeat in range(1 if _SMOKE.value else _REPEATS.value):
         for name in names:
+            if time.perf_counter() > deadline_sec:
+                results.leave_out("turns", f"the time budget was spent before turn {repeat + 1}")
+                return
             meter.measure()
             bench.times = meter.apply(bench.times)
-            row = bench.turn(name, backend, timeline)
+            turn = partial(bench.turn, name, backend, timeline)
+            row = _attempt(results, f"{name}, turn {repeat + 1}", turn)
+            if row is None:
+                continue
             if _TRACES.value is not None:
                 path = Path(_TRACES.value) / f"{name}.json"
                 timeline.write_trace(path, *row["looked_at_sec"])
@@ -361,11 +388,12 @@ def main(argv: Sequence[str]) -> int:
         "prompt_tokens": _prompt_tokens(),
         "environment": environment(),
     }
-    results = ResultFile(Path(_OUTPUT.value), header, _BUDGET.value)
+    # The budget is that of the turns: what they came to is said even where it was spent.
+    results = ResultFile(Path(_OUTPUT.value), header, math.inf)
     groups = results.content["groups"]
     names = _NAMES.value
-    results.measure("turns", lambda: turns(bench, names, backend, timeline, meter))
-    results.measure("predictions", lambda: predictions(bench, names, meter))
+    results.measure("turns", lambda: turns(bench, names, backend, timeline, meter, results))
+    results.measure("predictions", lambda: predictions(bench, names, meter, results))
     results.measure("times", lambda: [dataclasses.asdict(bench.times)])
     if groups.get("turns") and groups.get("predictions"):
         results.measure("medians", lambda: medians(groups["turns"], groups["predictions"]))

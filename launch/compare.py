@@ -206,8 +206,8 @@ def print_commands(
             result=result,
         )
         print(
-            f"{name}: start its server, then its client; add --import={name}={result} here\n"
-            f"    {server}\n    {client}"
+            f"{name}: start its server, then the client (of {external.CLIENT}, in an environment "
+            f"of its own); add --import={name}={result} here\n    {server}\n    {client}"
         )
 
 
@@ -252,7 +252,8 @@ def run(values: Mapping[str, Any], config: Config) -> int:
         framework = FRAMEWORKS[name]
         env_dir = Path(values["env_dir"]).expanduser()
         try:
-            python = interpreter_of(framework, env_dir, pythons.get(name), print)
+            given = pythons.get(name) or pythons.get(framework.environment)
+            python = interpreter_of(framework, env_dir, given, print)
             systems[name] = (python, framework.path)
         except SetUpError as error:
             failed[name] = str(error)

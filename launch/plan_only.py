@@ -30,6 +30,7 @@ from launch.starting import prepare_jax
 Profile = TypeVar("Profile", DeviceProfile, HostProfile)
 
 SAMPLE_LINES = 2000  # of the input, for the mean lengths
+LEFT_OUT = "rates are of full lanes: a job's end, when rows run out, and prefix reuse are left out"
 RESERVE_BYTES = GIB  # of a described device, for programs' scratch and the driver
 
 
@@ -160,7 +161,8 @@ def _table(config: Config, times: Times, span: int, room: Room, job: Job) -> str
     forecasts: list[Forecast] = [
         forecast(strategy, config.scheduler, times, span, room, job) for strategy in STRATEGIES
     ]
-    return describe(sorted(forecasts, key=lambda one: -one.rate))
+    table = describe(sorted(forecasts, key=lambda one: -one.rate))
+    return f"{table}\nnote       {LEFT_OUT}"
 
 
 def _model(config: Config) -> tuple[LlamaConfig, int]:

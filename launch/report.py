@@ -20,6 +20,7 @@ from launch.comparison import (
     page_host_attention,
     page_long_job,
     page_measured,
+    page_paced,
     page_prefix,
     page_simulated,
 )
@@ -34,6 +35,7 @@ KINDS = (
         page_benchmark.is_benchmark,
         page_benchmark.benchmark_section,
     ),
+    Kind("launch.paced_proof", page_paced.is_paced, page_paced.paced_section),
     Kind("launch.simulate_paper", page_simulated.is_paper, page_simulated.paper_section),
     Kind("launch.simulate", page_simulated.is_job, page_simulated.jobs_section),
     Kind("launch.simulate_jobs", page_grid.is_job_grid, page_grid.job_grid_section),

@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
 from apex_jax.config import Config, ConfigError, LlamaConfig
 from apex_jax.models.hf_config import read_model_folder
+from apex_jax.pages import num_pages_for
 from apex_jax.text.model_text import load_text
 from configs.hardware.hosts import HOSTS
 from launch import command_line
@@ -174,6 +176,26 @@ def make_hardware(values: Any, config: Config, workload: Workload, name: str) ->
     return RealHardware(config, lambda line: print(line, file=sys.stderr, flush=True))
 
 
+def note_on(config: Config, workload: Workload, hardware: Hardware) -> str | None:
+    """Return what a reader must know of all the rows, None where there is nothing.
+
+    Where every request finds room on the device at once, no strategy sends any to the host.
+    """
+    shape, cache, requests = _shape(config), config.cache, workload.requests
+    page_bytes = cache.page_size * shape.kv_bytes_per_token(
+        jnp.dtype(hardware.model.dtype).itemsize
+    )
+    wanted = page_bytes * sum(num_pages_for(one.num_tokens, cache.page_size) for one in requests)
+    given = hardware.budgets.device_kv_bytes or 0
+    if wanted > given or len(requests) > config.scheduler.max_requests:
+        return None
+    return (
+        f"Every request fits on the device at once ({wanted:,} bytes of KV cache, of {given:,}): "
+        "strategies have nothing to differ in. Lower --config.cache.device_bytes, or take more "
+        "requests."
+    )
+
+
 def leave_the_first_core(config: Config) -> None:
     """Keep the host op off the first core, which is the stand-in's for a device, or Python's."""
     cpus = sorted(os.sched_getaffinity(0))
@@ -222,6 +244,7 @@ def make_header(
     hardware: Hardware | None,
     name: str,
     facts: dict[str, Any],
+    note: str | None,
 ) -> ResultHeader:
     """Return the header; hardware: None where there could be none. facts: of the machine."""
     baseline = "device_only" if "device_only" in turns.systems else next(iter(turns.systems))
@@ -250,6 +273,7 @@ def make_header(
             "repeats": turns.num_repeats,
             "warm_up_requests": turns.num_warm_up,
             "stage_times": hardware.described_times() if hardware else None,
+            "note": note,
         },
         baseline=baseline,
         warm_up=hardware.warm_up if hardware else "Nothing ran.",
@@ -278,12 +302,15 @@ def run(values: Any, config: Config, name: str) -> int:
     except Exception as error:  # such as a device that is out of memory
         why = reason(error)
     used = WorkloadUsed(file, workload.header)
-    header = make_header(values, config, turns, used, hardware, name, facts)
+    note = note_on(config, workload, hardware) if hardware else None
+    header = make_header(values, config, turns, used, hardware, name, facts, note)
     results = ComparisonFile(output, header, values.budget_sec)
     if hardware is None:
         results.measure(lambda: turns.all_failed(why))
     else:
         print(f"{hardware.describe()}\nwarm-up    {hardware.warm_up}")
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
         benchmark = Benchmark(hardware, workload, turns)
         results.measure(benchmark.run)
         hardware.close()

@@ -74,13 +74,14 @@ SEED = 5  # of the dummy weights
 WARM_UP_LINES: list[str] = []
 
 
-def make_config(**model: object) -> Config:
+def make_config(attention: str = "xla", **model: object) -> Config:
+    """attention: what a GPU has, unless a test is about a CPU that is the whole device."""
     return Config(
         model=ModelConfig(**model),
         scheduler=SchedulerConfig(
             strategy="device_only", max_requests=4, max_prefill_tokens=16, max_model_len=160
         ),
-        device=DeviceConfig(platform="cpu"),
+        device=DeviceConfig(platform="cpu", attention=attention),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from apex_jax.adaptive import MIN_SWEEPS, Apex, ApexPaper
+from apex_jax.candidates import TpotBounds
 from apex_jax.cost_model import StageTimes
 from apex_jax.monitor import StageMonitor
 from apex_jax.pipelining import AsymmetricPipelining
@@ -86,11 +87,22 @@ def test_a_bound_on_the_time_per_token_is_kept():
     free = decided(Apex(TIMES, SPAN), load(4, 480)).best
     assert free.host_tpot_sec is not None
     bound_sec = free.host_tpot_sec / 4
-    held = decided(Apex(TIMES, SPAN, bound_sec), load(4, 480)).best
+    held = decided(Apex(TIMES, SPAN, TpotBounds(host_sec=bound_sec)), load(4, 480)).best
     assert held.host_tpot_sec is not None
     assert held.host_tpot_sec <= bound_sec
     assert held.rate < free.rate
-    impossible = decided(Apex(TIMES, SPAN, 1e-9), load(4, 480)).best
+    impossible = decided(Apex(TIMES, SPAN, TpotBounds(host_sec=1e-9)), load(4, 480)).best
+    assert impossible.choice.name == "device_only"
+
+
+def test_a_bound_on_the_device_s_time_per_token_is_kept():
+    free = decided(Apex(TIMES, SPAN), load(4, 8)).best
+    alone_sec = 32 * 1.5
+    bound_sec = (alone_sec + free.sweep_sec) / 2
+    held = decided(Apex(TIMES, SPAN, TpotBounds(device_sec=bound_sec)), load(4, 8)).best
+    assert alone_sec <= held.sweep_sec <= bound_sec < free.sweep_sec
+    # Nothing is faster than the device by itself.
+    impossible = decided(Apex(TIMES, SPAN, TpotBounds(device_sec=1e-9)), load(4, 8)).best
     assert impossible.choice.name == "device_only"
 
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from apex_jax import packing, stages
-from apex_jax.attention import append_kv, decode_attention, prefill_attention
+from apex_jax.attention import append_kv, decode_attention
 from apex_jax.buckets import PAGES_PER_BLOCK
 from apex_jax.config import LlamaConfig
-from apex_jax.kv_cache import LayerPages
+from apex_jax.kv_cache import NativePages, XlaPages
 from apex_jax.models import weights
+from apex_jax.ops import host_attention, native_library
 from apex_jax.packing import PrefillArrays, pack_blocks, pack_prefill, pack_rows
 from apex_jax.plan import DecodeBatch, PrefillBatch
 
@@ -24,15 +25,21 @@ POISONS = (np.nan, np.inf, -np.inf)
 
 append = jax.jit(append_kv)
 decode = jax.jit(decode_attention)
-prefill = jax.jit(prefill_attention)
+decode_stage = jax.jit(lambda pages, *arguments: pages.decode(*arguments), donate_argnums=0)
+prefill_stage = jax.jit(lambda pages, *arguments: pages.prefill(*arguments), donate_argnums=0)
 unpack_targets = jax.jit(packing.unpack_prefill_targets, static_argnums=(1, 2))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _op():
+    native_library.load(num_threads=2)
 
 
 class Pool:
     """Keys and values of one layer. Whatever no sequence wrote is NaN or infinite."""
 
-    def __init__(self, rng, *, num_pages, k_heads, page_size, head_dim, dtype):
-        self.rng, self.page_size = rng, page_size
+    def __init__(self, rng, *, num_pages, k_heads, page_size, head_dim, dtype, is_native=False):
+        self.rng, self.page_size, self.is_native = rng, page_size, is_native
         shape = (num_pages, k_heads, page_size, head_dim)
         self.k = jnp.asarray(rng.choice(POISONS, shape), dtype)
         self.v = jnp.asarray(rng.choice(POISONS, shape), dtype)
@@ -63,9 +70,18 @@ class Pool:
                     block[...] = self.rng.normal(size=block.shape)
         self.k, self.v = jnp.asarray(k), jnp.asarray(v)
 
-    def append(self, k_ikh, v_ikh, page_ids_i, slots_i):
-        self.k = append(self.k, k_ikh, page_ids_i, slots_i)
-        self.v = append(self.v, v_ikh, page_ids_i, slots_i)
+    def run(self, stage, *arguments):
+        """Call a stage that writes to the pages; return what it attended."""
+        ids = jnp.arange(self.k.shape[0], dtype=jnp.int32)
+        if not self.is_native:
+            attended, (self.k, self.v) = stage(XlaPages(self.k, self.v), *arguments)
+            return attended
+        num_pages, k_heads, z, h = self.k.shape
+        pool = host_attention.allocate_pool(num_pages, k_heads, z, h, self.k.dtype)
+        pool = host_attention.write_pages(pool, jnp.stack([self.k, self.v], axis=2), ids)
+        attended, (pool,) = stage(NativePages(pool), *arguments)
+        self.k, self.v = jnp.moveaxis(host_attention.read_pages(pool, ids), 2, 0)
+        return attended
 
     def sequence(self, table_m, length):
         """Return keys and values [length, k, h] of one sequence in float64."""
@@ -107,9 +123,9 @@ def decode_rows(pool, rng, positions, table_bm, *, n, rows, blocks, dtype, q_sca
     new = [random(rng, (rows, k_heads, h), dtype) for _ in range(2)]
     for padded in new:
         padded[b:] = np.nan
-    pool.append(*new, rows_b4[:, 2], rows_b4[:, 3])
     q_bnh = random(rng, (rows, n, h), dtype, q_scale)
-    out_bnh = decode(q_bnh, pool.k, pool.v, blocks_ci[:, 2:], blocks_ci[:, 0], blocks_ci[:, 1])
+    qkv_bjh = np.concatenate([q_bnh, *new], axis=1)
+    out_bnh = pool.run(decode_stage, qkv_bjh, rows_b4, blocks_ci)
     assert out_bnh.dtype == q_bnh.dtype
     for row, position in enumerate(positions):  # the token lies where its successors look for it
         for keys_or_values, written in zip(
@@ -118,6 +134,9 @@ def decode_rows(pool, rng, positions, table_bm, *, n, rows, blocks, dtype, q_sca
             assert np.array_equal(keys_or_values[-1], np.asarray(written[row]).astype(np.float64))
     return np.asarray(q_bnh), np.asarray(out_bnh)
 
+
+POOL = {"num_pages": 64, "k_heads": 2, "page_size": 16, "head_dim": 64, "dtype": "float32"}
+both_kinds = pytest.mark.parametrize("is_native", [False, True], ids=["xla", "native"])
 
 # Query heads over KV heads: as many (MHA), a few each (GQA), one for all (MQA).
 SHAPES = [
@@ -131,13 +150,15 @@ SHAPES = [
 ]
 
 
+@both_kinds
 @pytest.mark.parametrize(("n", "k_heads", "h", "z", "dtype"), SHAPES)
-def test_decode_is_softmax_attention(n, k_heads, h, z, dtype):
+def test_decode_is_softmax_attention(n, k_heads, h, z, dtype, is_native):
     rng = np.random.default_rng(n * h + z)
     block = z * PAGES_PER_BLOCK
     # KV lengths after the new token: one, around a page, around a block, around two.
     lengths = [1, z - 1, z, z + 1, block - 1, block, block + 1, 2 * block, 2 * block + z + 1, 3]
-    pool = Pool(rng, num_pages=96, k_heads=k_heads, page_size=z, head_dim=h, dtype=dtype)
+    shape = {"num_pages": 96, "k_heads": k_heads, "page_size": z, "head_dim": h}
+    pool = Pool(rng, **shape, dtype=dtype, is_native=is_native)
     table_bm = pool.table(lengths)
     pool.fill(table_bm, [length - 1 for length in lengths])
     positions = [length - 1 for length in lengths]
@@ -149,10 +170,11 @@ def test_decode_is_softmax_attention(n, k_heads, h, z, dtype):
     assert (out[len(lengths) :] == 0).all()  # padding rows
 
 
-def test_decode_of_a_batch_without_padding():
+@both_kinds
+def test_decode_of_a_batch_without_padding(is_native):
     rng = np.random.default_rng(1)
     lengths = [33, 128, 129, 200]
-    pool = Pool(rng, num_pages=64, k_heads=2, page_size=16, head_dim=64, dtype="float32")
+    pool = Pool(rng, **POOL, is_native=is_native)
     table_bm = pool.table(lengths)
     positions = [length - 1 for length in lengths]
     pool.fill(table_bm, positions)
@@ -162,11 +184,12 @@ def test_decode_of_a_batch_without_padding():
         assert ulps(out[row], reference(q[row], k_skh, v_skh), v_skh, "float32") < 16
 
 
-def test_decode_of_sharp_scores_in_shared_pages():
+@both_kinds
+def test_decode_of_sharp_scores_in_shared_pages(is_native):
     """Scores of hundreds: exp must not overflow, and a block's own maximum must not rule."""
     rng = np.random.default_rng(2)
     lengths = [150, 290, 40]
-    pool = Pool(rng, num_pages=64, k_heads=2, page_size=16, head_dim=64, dtype="float32")
+    pool = Pool(rng, **POOL, is_native=is_native)
     table_bm = pool.table(lengths, shared_pages=9)
     positions = [length - 1 for length in lengths]
     pool.fill(table_bm, positions)
@@ -182,7 +205,7 @@ def test_decode_of_sharp_scores_in_shared_pages():
 def test_decode_does_not_depend_on_the_padding():
     rng = np.random.default_rng(3)
     lengths = [1, 130, 64]
-    pool = Pool(rng, num_pages=64, k_heads=2, page_size=16, head_dim=64, dtype="float32")
+    pool = Pool(rng, **POOL)
     table_bm = pool.table(lengths)
     pool.fill(table_bm, lengths)
     batch = DecodeBatch(np.arange(3, dtype=np.int32), np.array(lengths, np.int32) - 1, table_bm)
@@ -207,10 +230,7 @@ def prefill_chunk(pool, starts, lengths, table_bm, kv, q_btnh, *, rows, context_
     packed = pack_prefill(batch, rows=rows, context_pages=context_pages)
     arrays = PrefillArrays(*map(jnp.asarray, packed))
     _, pages_bt, slots_bt = unpack_targets(arrays, pool.k.shape[0], pool.page_size)
-    flat = [new.reshape(-1, *new.shape[2:]) for new in kv]
-    pool.append(*flat, np.ravel(pages_bt), np.ravel(slots_bt))
-    rows_bi = packed[1]
-    out = prefill(q_btnh, pool.k, pool.v, rows_bi[:, 2:], rows_bi[:, 0], rows_bi[:, 1])
+    out = pool.run(prefill_stage, q_btnh, *kv, pages_bt, slots_bt, packed[1])
     assert out.dtype == q_btnh.dtype
     return np.asarray(out)
 
@@ -225,8 +245,9 @@ PREFILL_SHAPES = [
 ]
 
 
+@both_kinds
 @pytest.mark.parametrize(("n", "k_heads", "h", "z", "context_pages", "dtype"), PREFILL_SHAPES)
-def test_prefill_is_causal_attention(n, k_heads, h, z, context_pages, dtype):
+def test_prefill_is_causal_attention(n, k_heads, h, z, context_pages, dtype, is_native):
     rng = np.random.default_rng(n * h + z)
     t, rows = 24, 6
     longest = context_pages * z
@@ -234,7 +255,8 @@ def test_prefill_is_causal_attention(n, k_heads, h, z, context_pages, dtype):
     starts = [0, 0, z - 1, z, longest - t]
     lengths = [t, 1, min(z, t), t - 1, t]
     ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-    pool = Pool(rng, num_pages=160, k_heads=k_heads, page_size=z, head_dim=h, dtype=dtype)
+    shape = {"num_pages": 160, "k_heads": k_heads, "page_size": z, "head_dim": h}
+    pool = Pool(rng, **shape, dtype=dtype, is_native=is_native)
     table_bm = pool.table(ends)
     pool.fill(table_bm, starts)
     kv = [random(rng, (rows, t, k_heads, h), dtype) for _ in range(2)]
@@ -253,7 +275,8 @@ def test_prefill_is_causal_attention(n, k_heads, h, z, context_pages, dtype):
     assert np.isfinite(out.astype(np.float32)).all()
 
 
-def test_chunks_are_one_prefill_and_decode_goes_on():
+@both_kinds
+def test_chunks_are_one_prefill_and_decode_goes_on(is_native):
     rng = np.random.default_rng(4)
     n, k_heads, h, z, rows, context_pages = 4, 2, 64, 8, 3, 24
     totals = [96, 37]  # whole chunks, and a remainder
@@ -262,7 +285,7 @@ def test_chunks_are_one_prefill_and_decode_goes_on():
     kv = [random(rng, (*shape, k_heads, h), "float32") for _ in range(2)]
     results = []
     for t in (96, 32, 16):
-        pool = Pool(rng, num_pages=64, k_heads=k_heads, page_size=z, head_dim=h, dtype="float32")
+        pool = Pool(rng, **{**POOL, "page_size": z}, is_native=is_native)
         table_bm = pool.table(totals)
         out = np.zeros(q.shape, np.float32)
         for start in range(0, max(totals), t):
@@ -320,7 +343,7 @@ def test_the_prefill_stage_is_deaf_to_what_others_left():
     stage = jax.jit(partial(stages.layers_prefill, make_layer, 2))
     last = []
     for left in (0.0, np.nan):
-        pages = (LayerPages(*(jnp.full((6, 1, 8, 16), left, jnp.float32) for _ in range(2))),)
+        pages = (XlaPages(*(jnp.full((6, 1, 8, 16), left, jnp.float32) for _ in range(2))),)
         last.append(np.asarray(stage(layers, pages, x_btd, arrays)[1])[0])
     assert np.array_equal(*last)
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import pwd
 import random
 import sys
 from pathlib import Path
@@ -149,6 +151,17 @@ def test_an_environment_that_cannot_be_made_says_what_pip_said(
     assert interpreter_of(FRAMEWORKS["apex_jax"], tmp_path, None, print) == sys.executable
 
 
+def test_orders_of_one_framework_share_its_environment(tmp_path: Path) -> None:
+    by_output, by_prompt = FRAMEWORKS["transformers"], FRAMEWORKS["transformers_by_prompt"]
+    (tmp_path / "file").touch()  # where a folder is wanted
+    lines: list[str] = []
+    for framework in (by_output, by_prompt):
+        with pytest.raises(SetUpError, match=r"could not be made in .*transformers-[0-9a-f]{8}: "):
+            interpreter_of(framework, tmp_path / "file" / "of", None, lines.append)
+    assert lines[0] == lines[1]
+    assert by_prompt.path.is_file()
+
+
 def test_agreement_stops_at_a_first_difference(tmp_path: Path) -> None:
     reference = run_fake(tmp_path, "")
     first, *rest = reference.requests
@@ -160,28 +173,115 @@ def test_agreement_stops_at_a_first_difference(tmp_path: Path) -> None:
     }
 
 
-def result_line(**changed: Any) -> str:
-    header = WORKLOAD.header
-    run = {
-        "completed": header.num_requests,
-        "total_input_tokens": header.prompt_tokens,
-        "total_output_tokens": header.output_tokens,
-        "duration": 2.0,
-        **{f"{name}_ttft_ms": 10.0 for name in ("mean", "median", "p90", "p99")},
-    }
-    return json.dumps(run | changed) + "\n"
+# What the clients write of three requests, each field that they have: sglang.bench_serving of
+# 0.5.16 with --output-details, and vllm bench serve of 0.33 with --save-result --save-detailed.
+DETAILS = {
+    "input_lens": [4, 5, 6],
+    "output_lens": [3, 4, 5],
+    "ttfts": [0.5, 0.25, 0.25],
+    "itls": [[0.5, 0.5], [0.25, 0.25, 0.5], [0.25, 0.25, 0.25, 0.25]],
+    "generated_texts": ["a", "b", "c"],
+    "errors": ["", "", ""],
+}
+SUMS = {"duration": 2.0, "completed": 3, "total_input_tokens": 15, "total_output_tokens": 12}
+MILLISECONDS = {
+    f"{statistic}_{figure}_ms": 1.0
+    for figure in ("e2e_latency", "ttft", "tpot", "itl")
+    for statistic in ("mean", "median", "std", "p90", "p95", "p99")
+}
+CLIENTS: dict[str, dict[str, Any]] = {
+    "sglang": {
+        "tag": None,
+        "backend": "sglang",
+        "dataset_name": "autobench",
+        "request_rate": math.inf,  # which json writes, and reads, as Infinity
+        "max_concurrency": None,
+        "sharegpt_output_len": None,
+        "random_input_len": 1024,
+        "random_output_len": 1024,
+        "random_range_ratio": 0.0,
+        "server_info": {"context_length": 13},
+        **SUMS,
+        "total_input_text_tokens": 15,
+        "total_input_vision_tokens": 0,
+        "total_output_tokens_retokenized": 11,
+        "request_throughput": 1.5,
+        "input_throughput": 7.5,
+        "output_throughput": 6.0,
+        "total_throughput": 13.5,
+        **MILLISECONDS,
+        "concurrency": 2.0,
+        "accept_length": None,
+        "max_output_tokens_per_s": 8.0,
+        "max_concurrent_requests": 3,
+        **DETAILS,
+    },
+    "vllm": {
+        "date": "20261124-120000",
+        "endpoint_type": "vllm",
+        "backend": "vllm",
+        "label": None,
+        "model_id": "m",
+        "tokenizer_id": "m",
+        "num_prompts": 3,
+        "request_rate": "inf",
+        "burstiness": 1.0,
+        "max_concurrency": None,
+        **SUMS,
+        "failed": 0,
+        "request_throughput": 1.5,
+        "request_goodput": None,
+        "output_throughput": 6.0,
+        "total_token_throughput": 13.5,
+        **DETAILS,
+        "start_times": [0.0, 0.0, 0.0],
+        "max_output_tokens_per_s": 8.0,
+        "max_concurrent_requests": 3,
+        "mean_ttft_ms": 1.0,
+    },
+}
 
 
-def test_a_clients_results_become_rows(tmp_path: Path) -> None:
-    path = tmp_path / "vllm.jsonl"
-    path.write_text(result_line() + result_line(total_input_tokens=99))
-    good, bad = external.read_rows("vllm", path, WORKLOAD)
+def result_line(name: str = "sglang", **changed: Any) -> str:
+    return json.dumps(CLIENTS[name] | changed) + "\n"
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_a_clients_results_become_rows(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "result.jsonl"
+    short = {"output_lens": [3, 0, 5], "errors": ["", "Bad Gateway", ""]}
+    path.write_text(result_line(name) + result_line(name, **short))
+    good, bad = external.read_rows(name, path, WORKLOAD)
     assert (good.status, good.output_tokens_per_sec, good.repeat) == ("ok", 6.0, 0)
+    assert (good.wall_sec, good.output_tokens, good.prompt_tokens) == (2.0, 12, 15)
     assert good.ttft_sec is not None
-    assert good.ttft_sec.p99 == 0.01
-    assert good.tpot_sec is None
-    assert bad.status == "failed"
-    assert bad.error == "not comparable: the workload has 15 prompt tokens and the system did 99"
+    assert good.tpot_sec is not None
+    assert good.itl_sec is not None
+    assert (good.ttft_sec.p50, good.ttft_sec.p90) == (0.25, pytest.approx(0.45))
+    assert good.tpot_sec.p50 == pytest.approx(1 / 3)
+    assert good.itl_sec.p50 == 0.25
+    assert good.by_lane is None
+    assert bad.error == (
+        "not comparable: the workload has 12 output tokens and the system did 8; the client says: "
+        "Bad Gateway"
+    )
+
+
+def test_lengths_that_were_exchanged_are_caught(tmp_path: Path) -> None:
+    path = tmp_path / "result.jsonl"
+    path.write_text(result_line(output_lens=[4, 3, 5]))
+    (row,) = external.read_rows("sglang", path, WORKLOAD)
+    assert row.error is not None
+    assert "request '0' has 4 prompt and 3 output tokens, and the system did 4 and 4" in row.error
+
+
+def test_tokens_that_came_together_have_no_gaps_between_them(tmp_path: Path) -> None:
+    path = tmp_path / "result.jsonl"
+    path.write_text(result_line(itls=[[1.0], [1.0], [1.0]]))
+    (row,) = external.read_rows("sglang", path, WORKLOAD)
+    assert row.itl_sec is None
+    assert row.tpot_sec is not None
+    assert row.tpot_sec.p50 == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +290,8 @@ def test_a_clients_results_become_rows(tmp_path: Path) -> None:
         ("", "is empty; the client appends a line for each run"),
         ("no json\n", "line 1 is not JSON"),
         (result_line(duration=None), "line 1 lacks the number 'duration'"),
+        (result_line(ttfts=None), "line 1 lacks 'ttfts' of 3 requests; .* --output-details"),
+        (result_line(itls=[[]]), "line 1 lacks 'itls' of 3 requests"),
     ],
 )
 def test_what_is_no_clients_result_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -207,6 +309,8 @@ def test_the_data_set_carries_token_ids_and_the_commands_the_limits(tmp_path: Pa
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [tuple(row["prompt"]) for row in rows] == [one.prompt_token_ids for one in REQUESTS]
     assert [row["output_len"] for row in rows] == [3, 4, 5]
+    # What else stands in a row is sent to the server, unless the client knows its name.
+    assert set(rows[0]) == {"prompt", "prompt_len", "output_len", "timestamp"}
     limits = {"dtype": "float16", "max_requests": 8, "max_model_len": 99, "num_requests": 3}
     for name, kv in (("vllm", "--num-gpu-blocks-override 4"), ("sglang", "--max-total-tokens 64")):
         server, client = external.commands(
@@ -215,6 +319,7 @@ def test_the_data_set_carries_token_ids_and_the_commands_the_limits(tmp_path: Pa
         assert kv in server
         assert f"--backend {name}" in client
         assert str(path) in client
+    assert "--context-length 101" in server  # SGLang keeps two of it to itself
 
 
 def compare(tmp_path: Path, **values: Any) -> int:
@@ -308,9 +413,13 @@ def test_a_random_model_is_a_model_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["transformers", "llama.cpp"])
+@pytest.mark.parametrize("name", ["transformers", "transformers_by_prompt", "llama.cpp"])
 def test_a_real_framework_is_fair_and_chooses_our_tokens(name: str) -> None:
-    folder = Path("~/.cache/apex_jax/frameworks").expanduser()
+    # Where launch.compare makes environments; HOME is the test session's own.
+    folder = Path(pwd.getpwuid(os.getuid()).pw_dir, ".cache/apex_jax/frameworks")
+    framework = FRAMEWORKS[name]
+    if not list(folder.glob(f"{framework.environment}-*/installed")):
+        pytest.skip(f"{folder} has no environment of {framework.environment}: run launch.compare")
     rng = random.Random(0)
     requests = tuple(
         WorkloadRequest(str(index), tuple(rng.choices(range(2, 4096), k=20 + index)), 12, 0.0)
@@ -326,7 +435,6 @@ def test_a_real_framework_is_fair_and_chooses_our_tokens(name: str) -> None:
     )
     ours = dataclasses.replace(job, settings=dataclasses.asdict(config))
     reference = run_job(sys.executable, FRAMEWORKS["apex_jax"].path, ours, 600.0)
-    framework = FRAMEWORKS[name]
     result = run_job(interpreter_of(framework, folder, None, print), framework.path, job, 600.0)
     assert agreement(result, reference)["equal_requests"] >= 0.8
 

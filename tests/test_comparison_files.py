@@ -217,6 +217,31 @@ def test_tables_lie_beside_the_results(tmp_path):
     assert "requests/s" not in text  # nobody was offered at a rate
 
 
+def test_what_was_above_and_below_one_is_not_distinguishable(tmp_path):
+    runs = [make_run("device_only", repeat, 10.0) for repeat in range(2)]
+    runs += [make_run("apex", repeat, 9.0 + 2 * repeat) for repeat in range(2)]
+    write_results(tmp_path, runs)
+    text = (tmp_path / "r.md").read_text()
+    assert "| `device_only` | 10 | 1 |" in text
+    assert "| `apex` | 10 (9 to 11) | 1 (0.9 to 1.1), not distinguishable |" in text
+
+
+def test_a_part_of_a_comparison_is_a_whole_file(tmp_path):
+    """Whoever ends it between two runs has the summary of those before."""
+
+    def some():
+        yield from RUNS[:2]
+        raise KeyboardInterrupt
+
+    file = ComparisonFile(tmp_path / "r.json", make_header(), 100.0)
+    with pytest.raises(KeyboardInterrupt):
+        file.measure(some)
+    result = read_result(tmp_path / "r.json")
+    assert [row.system for row in result.summary] == ["device_only", "apex"]
+    assert result.runs == tuple(RUNS[:2])
+    assert "`apex`" in (tmp_path / "r.md").read_text()
+
+
 def test_a_budget_that_is_spent_is_said(tmp_path):
     write_results(tmp_path, budget_sec=0.0)
     assert "Cut short: the time budget was spent." in (tmp_path / "r.md").read_text()

@@ -30,9 +30,11 @@ from apex_jax.config import (
 )
 from apex_jax.dispatch import StuckError
 from apex_jax.engine import Engine
+from apex_jax.engine_plan import EnginePlan
 from apex_jax.lowering import ProgramKey
 from apex_jax.models import weights
 from apex_jax.models.hf_config import read_model_folder
+from apex_jax.ops.native_library import usable_cpus
 from apex_jax.placement import choose_dtype
 from apex_jax.programs import Programs, span_of_layers
 from apex_jax.request import Request, RequestError, SamplingParams
@@ -44,15 +46,16 @@ WARM_UP_LINES = []
 
 @functools.cache
 def golden_engine(name):
-    config = make_config(path=str(GOLDEN / name))
+    attention = "native" if name == "mqa_bfloat16" else "xla"
+    config = make_config(attention, path=str(GOLDEN / name))
     if name == "rope_llama3":
         config.compile.layers_per_program = 1
     return Engine.create(config, WARM_UP_LINES.append)
 
 
 @functools.cache
-def wide_engine():
-    config = make_config(weights="dummy", architecture=WIDE, seed=5)
+def wide_engine(attention="xla"):
+    config = make_config(attention, weights="dummy", architecture=WIDE, seed=5)
     return Engine.create(config, WARM_UP_LINES.append)
 
 
@@ -86,6 +89,7 @@ def keep_chunks(*chunks):
 # How the same requests may be run: scheduler limits, and whether one after the other.
 WAYS = {
     "together": {},
+    "native": {},
     "alone": {"max_requests": 1},
     "tiny_chunks": {"change_shapes": keep_chunks((1, 4))},
     "three_rows": {"max_requests": 3, "change_shapes": keep_chunks((1, 16), (4, 4))},
@@ -114,7 +118,8 @@ def draw_requests(seed):
 @pytest.mark.parametrize("way", WAYS)
 def test_tokens_do_not_depend_on_how_requests_are_run(way):
     requests = draw_requests(seed=11)
-    engine = with_limits(wide_engine(), **WAYS[way])
+    base = wide_engine("native" if way == "native" else "xla")
+    engine = with_limits(base, **WAYS[way])
     got = run(engine, requests)
     if way == "preempted":
         assert engine.metrics()["num_preemptions"] > 0
@@ -146,9 +151,10 @@ def test_nothing_compiles_after_warm_up():
     assert compiled == []
 
 
-def test_pages_are_updated_in_place():
-    engine = wide_engine()
-    shape = (engine.memory.num_pages, WIDE.num_kv_heads, 16, WIDE.head_dim)
+@pytest.mark.parametrize(("attention", "page"), [("xla", (16,)), ("native", (2, 16))])
+def test_pages_are_updated_in_place(attention, page):
+    engine = wide_engine(attention)
+    shape = (engine.memory.num_pages, WIDE.num_kv_heads, *page, WIDE.head_dim)
     pool = f"f32[{','.join(map(str, shape))}]"
     keys = [key for key in engine.programs.compile_sec if key.stage.startswith("layers")]
     assert {key.stage for key in keys} == {"layers_decode", "layers_prefill"}
@@ -157,7 +163,9 @@ def test_pages_are_updated_in_place():
         assert pool in text
         assert re.search(r"= " + re.escape(pool) + r"\S* copy\(", text) is None, key
         header = text.splitlines()[0]
-        assert header.count("may-alias") + header.count("must-alias") == 2 * WIDE.num_layers
+        num_pools = 2 // len(page)  # of keys and of values, or of both
+        num_aliases = header.count("may-alias") + header.count("must-alias")
+        assert num_aliases == num_pools * WIDE.num_layers
 
 
 def test_a_program_holds_no_second_pool():
@@ -291,6 +299,7 @@ def test_a_program_takes_fewer_layers_where_cohorts_stand_between_them():
     [
         ({"device": DeviceConfig(platform="tpu")}, "device.platform is 'tpu'; it must be one of"),
         ({"device": DeviceConfig(platform="gpu")}, "'gpu', and JAX sees only: cpu"),
+        ({"device": DeviceConfig(attention="cuda")}, "attention is 'cuda'; it must be one of auto"),
         (
             {"compile": CompileConfig(layers_per_program=3)},
             "layers_per_program is 3; it must divide the model's 2 layers",
@@ -311,6 +320,21 @@ def test_settings_that_cannot_be_honoured_are_refused(change, message):
     config = dataclasses.replace(config, **change)
     with pytest.raises(ConfigError, match=message):
         Engine.create(config, lambda line: None)
+
+
+def test_a_cpu_alone_attends_with_the_native_op_where_that_can_be():
+    config = make_config("auto", weights="dummy", architecture=WIDE)
+    op = EnginePlan.create(config).device_op
+    assert op is not None
+    assert op.num_threads == len(usable_cpus())
+    assert f"device attention: {op.isa}, " in EnginePlan.create(config).describe()
+    config.host.threads = 1
+    assert EnginePlan.create(config).device_op.num_threads == 1
+    config.model.architecture = dataclasses.replace(WIDE, head_dim=60)
+    assert EnginePlan.create(config).device_op is None
+    config.device.attention = "native"
+    with pytest.raises(ConfigError, match="'native', but the engine has a head_dim of 60, no mult"):
+        EnginePlan.create(config)
 
 
 @pytest.mark.parametrize(

@@ -512,7 +512,7 @@ def test_wrong_settings_are_errors(op, tmp_path):
 
 
 def test_threads_may_be_pinned(op, threads_and_isa):
-    cpus = sorted(native_library._usable_cpus())
+    cpus = sorted(native_library.usable_cpus())
     assert threads_and_isa(num_threads=2, cpus=cpus).cpus == tuple(cpus)
     case = llama_case([600, 20])
     assert_close(case.attend(), case.reference())

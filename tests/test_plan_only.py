@@ -68,6 +68,7 @@ def test_described_hardware_gives_every_strategy_a_line(config, source):
     assert list(rates.values()) == sorted(rates.values(), reverse=True)
     assert rates["apex"] >= 0.98 * max(rates.values())
     assert re.search(r"^device_only .* device memory$", words, re.M)
+    assert "a job's end, when rows run out, and prefix reuse are left out" in words
 
 
 def test_budgets_are_those_of_the_settings(config, source):

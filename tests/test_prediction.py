@@ -9,7 +9,7 @@ from apex_jax.cost_model import StageTimes
 from apex_jax.pipelining import AsymmetricPipelining
 from apex_jax.policies import DeviceOnly, Merging
 from apex_jax.prediction import DEVICE_ONLY, Choice, Demand, Predictor
-from apex_jax.simulation import steady_state
+from apex_jax.simulation import frozen_state, steady_state
 
 pytestmark = [
     pytest.mark.usefixtures("without_annotations_checked"),
@@ -81,6 +81,26 @@ def test_predictions_agree_with_what_the_loop_does(name):
         errors.append(abs(predicted.rate / played.rate - 1))
     assert statistics.median(errors) < 0.03
     assert sorted(errors)[-2] < 0.15
+
+
+@pytest.mark.parametrize(("cohorts", "passes"), [(1, None), (2, 1), (2, 2), (2, 4), (3, 1)])
+def test_a_rehearsal_agrees_with_what_the_loop_does(cohorts, passes):
+    rng = random.Random(f"{cohorts} {passes}")
+    for _ in range(4):
+        times, device_rows, host_rows = draw(rng)
+        is_spread = passes == 1 and cohorts > 1
+        played = frozen_state(
+            times,
+            Merging(cohorts, passes, is_spread=is_spread),
+            device_lengths=[100] * device_rows,
+            host_lengths=[100] * host_rows,
+            layers_per_program=SPAN,
+        )
+        demand = Demand(device_rows, 100 * device_rows, host_rows, 100)
+        choice = Choice("merging", cohorts, passes, 512)
+        seen = Predictor(times, SPAN).rehearsed(demand, choice)
+        assert seen.rate == pytest.approx(played.rate, rel=0.03)
+        assert seen.host_rows == host_rows
 
 
 def test_rates_add_up():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from small_engines import hybrid_engine, run
 
 from apex_jax.backends.simulated import SimulatedBackend
 from apex_jax.buckets import Buckets, HostLimits, choose, smallest_that_holds
@@ -15,7 +16,6 @@ from apex_jax.profiling.profiler import Profiler
 from apex_jax.profiling.rounds import Timed, run_rounds
 from apex_jax.profiling.table import STAGES, Measurements, path_of, save
 from apex_jax.request import Request, SamplingParams
-from tests.small_engines import hybrid_engine, run
 
 CAPACITY = Capacity(num_layers=8, span=2, num_pages=64, num_host_pages=256, max_model_len=512)
 TRUE = StageTimes(

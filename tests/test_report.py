@@ -21,6 +21,7 @@ from launch.comparison.decode import FileError
 from launch.comparison.page_values import Found, number, percent, short, spread
 from launch.comparison.results import (
     Budgets,
+    LaneLatency,
     ModelUsed,
     Quantiles,
     ResultHeader,
@@ -33,6 +34,7 @@ from launch.comparison.workload_file import WorkloadHeader
 from launch.drawing import log_ticks, ticks
 from launch.long_job import Sample, parts
 from launch.long_job import summarize as summarize_job
+from launch.paced_proof import judge
 from launch.report import main, report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,11 +75,18 @@ def runs():
             ttft_sec=latency,
             tpot_sec=latency,
             normalized_sec=latency,
+            by_lane=None if own == system else lanes(latency, 5 if system == "apex" else 0),
             goodput_requests_per_sec=request_rate and request_rate / 2,
         )
 
 
-def write_benchmark(path, rows):
+def lanes(latency, num_host):
+    """As latency.figures has them: a lane without requests has no latencies."""
+    host = LaneLatency(num_host, latency, latency) if num_host else LaneLatency(0, None, None)
+    return {"device": LaneLatency(10 - num_host, latency, latency), "host": host}
+
+
+def write_benchmark(path, rows, note=None):
     workload = WorkloadHeader(
         WORKLOAD_FORMAT,
         "mine",
@@ -103,7 +112,7 @@ def write_benchmark(path, rows):
         device_profile=None,
         host_profile=None,
         budgets=Budgets(2**30, None),
-        settings={},
+        settings={"note": note},
         baseline="device_only",
         warm_up="One request before is in no figure.",
         formulas={},
@@ -113,6 +122,39 @@ def write_benchmark(path, rows):
         "summary": [asdict(row) for row in summarize(rows, "device_only")],
     }
     path.write_text(json.dumps({**asdict(header), "groups": groups}))
+    return path
+
+
+def write_paced(path):
+    """As launch.paced_proof writes it, with one card of two and one bound of five not kept."""
+    shared = {"device_rows": 7, "host_rows": 48, "repeat": 0, "host_busy_percent": 50.0}
+    turns = [
+        shared | {"strategy": name, "tokens_per_sec": rate, "sweep_sec": 1.0} | idle
+        for name, rate, idle in (
+            ("device_only", 100.0, {"device_idle_percent": 0.0}),
+            ("staggered", 126.0, {"device_idle_percent": 2.5}),
+        )
+    ]
+    predictions = [
+        {"strategy": "device_only", "tokens_per_sec": 101.0, "arithmetic_tokens_per_sec": 102.0},
+        {"strategy": "staggered", "tokens_per_sec": 125.0, "arithmetic_tokens_per_sec": 126.0},
+    ]
+    facts = {"device": {"name": "NVIDIA T4"}, "sizes": "KV cache", "failed": {"apex": "ended"}}
+    content = {
+        "prompt_tokens": 1000,
+        "bounds": {
+            "from_predicted": 0.05,
+            "of_arithmetic": 0.95,
+            "idle_percent": 2.0,
+            "sweep_longer": 1.03,
+            "held": ["staggered"],
+        },
+        "cards": {"t4": facts},
+        "environment": {**ENVIRONMENT, "command": ["paced_proof.py"]},
+        "failed": {"bounds_a10": "no memory"},
+        "groups": {"turns_t4": turns, "bounds_t4": list(judge("t4", turns, predictions))},
+    }
+    path.write_text(json.dumps(content))
     return path
 
 
@@ -175,7 +217,7 @@ def made(tmp_path_factory):
         write_benchmark(folder / "mine.json", list(runs())),
         write_long_job(folder / "job.json"),
     ]
-    files.append(write_job_grid(folder / "job_grid.json"))
+    files += [write_job_grid(folder / "job_grid.json"), write_paced(folder / "paced.json")]
     report(files, folder / "page")
     return Page(folder / "page" / "index.html")
 
@@ -302,6 +344,49 @@ def test_a_comparison_shows_medians_spread_and_failures(made):
         "NVIDIA T4 · a CPU, 2 cores · Python 3.11.7, jax 0.10.2 · commit 01234567 with changes"
         in text
     )
+
+
+def test_latencies_are_shown_by_lane(made):
+    table = table_beneath(made, "Time per output token by lane")
+    assert table.rows[0][:4] == ["system", "TTFT, s", "TPOT, s", "requests, device lane"]
+    device_only, apex, transformers = table.rows[1:]
+    assert device_only[3:] == ["10", *["0.00990 (0.0297)"] * 2, "0", "", ""]
+    assert apex[6:] == ["5", *["0.00660 (0.0198)"] * 2]
+    assert transformers[3:] == [""] * 6
+    assert table_beneath(made, "Time per output token in the host lane by request rate")
+
+
+def test_cards_are_held_to_bounds(made):
+    table = table_beneath(made, "Tokens per second in a steady state on a described T4")
+    head, device_only, staggered = table.rows
+    assert head[-2:] == ["bounds", "turns"]
+    assert device_only[-2:] == ["kept", "1"]
+    assert staggered[-2:] == ["not kept: idle", "1"]
+    text = made.path.read_text()
+    assert "4 of 5 bounds are kept. Not measured: bounds_a10 (no memory)." in text
+    assert "Not measured: t4: apex (ended)." in text
+
+
+def test_what_cannot_be_told_apart_is_said(tmp_path):
+    """In one repeat apex is above the baseline, in the other below."""
+    rows = [
+        RunRow(
+            *(system, "apex_jax", None, repeat, "ok"),
+            wall_sec=1.0,
+            output_tokens_per_sec=10.0 + (system == "apex") * (repeat - 0.5),
+        )
+        for repeat in range(2)
+        for system in ("device_only", "apex")
+    ]
+    note = "Every request fits on the device at once."
+    report([write_benchmark(tmp_path / "mine.json", rows, note)], tmp_path / "page")
+    page = Page(tmp_path / "page" / "index.html")
+    (table,) = page.tables
+    assert [row[2] for row in table.rows[1:]] == [
+        "1.00",
+        "1.00 (0.950 to 1.05) not distinguishable",
+    ]
+    assert f"{note}</p>" in page.path.read_text()
 
 
 def test_a_system_that_only_fails_is_a_row(tmp_path):

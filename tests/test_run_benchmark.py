@@ -143,6 +143,17 @@ def test_the_file_says_what_was_compared(tmp_path):
     assert result.summary[0].ratio.median == 1.0
 
 
+def test_it_is_said_where_no_request_has_to_wait(tmp_path, capsys):
+    """Then strategies have nothing to differ in."""
+    run(tmp_path, config=make_config(num_pages=100))
+    said = capsys.readouterr()
+    assert "note: Every request fits on the device at once" in said.err
+    assert "Lower --config.cache.device_bytes" in said.err
+    assert "**Every request fits" in said.out
+    run(tmp_path)
+    assert "Every request fits" not in "".join(capsys.readouterr())
+
+
 def test_the_hosts_bandwidth_is_measured():
     assert 1e8 < HOST_BANDWIDTH(2**22) < 1e14
 

@@ -12,6 +12,7 @@ from paper_loop import EOS, SHARED, Loop, check, make_request, make_watched_requ
 
 from apex_jax.request import FinishReason, RequestError, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("without_annotations_checked")
 requests = st.builds(
     lambda num_shared, rest, *others: (SHARED[:num_shared] + rest, *others),
     st.sampled_from([0, 0, 15, 16, 24]),

@@ -56,10 +56,12 @@ def append(
     v_bkh: Float[Array, "b k h"],
     block_tables_bm: Int32[Array, "b m"],
     lengths_b: Int32[Array, "b"],
+    num_rows: Int32[Array, ""] | None = None,
 ) -> Float[Array, "p k 2 z h"]:
     """Write one token's keys and values per row at index lengths_b - 1; donates the pool.
 
-    Converts to the pool's dtype. Raises for two rows that would write to one slot.
+    Converts to the pool's dtype. num_rows: how many rows count, None for all; the others are
+    padding. Raises for two rows that would write to one slot.
     """
     _check_pool(pool)
     _check_tables(block_tables_bm, lengths_b)
@@ -69,8 +71,9 @@ def append(
         _check_shape(name, array, (rows, kv_heads, head_dim))
     if k_bkh.dtype != v_bkh.dtype:
         raise TypeError(f"v_bkh: dtype {v_bkh.dtype}, but k_bkh has {k_bkh.dtype}")
-    _check_append_values(pool, block_tables_bm, lengths_b, rows)
-    return _append(pool, k_bkh, v_bkh, block_tables_bm, lengths_b)
+    num_rows = _count("num_rows", num_rows, rows)
+    _check_append_values(pool, block_tables_bm, lengths_b, num_rows)
+    return _append(pool, k_bkh, v_bkh, block_tables_bm, lengths_b, num_rows)
 
 
 def attend(
@@ -180,7 +183,7 @@ def _check_tables(block_tables_bm: Array, lengths_b: Array) -> None:
 
 
 def _check_append_values(
-    pool: Array, block_tables_bm: Array, lengths_b: Array, num_rows: Array | int
+    pool: Array, block_tables_bm: Array, lengths_b: Array, num_rows: Array
 ) -> None:
     """Raise what the call would raise, while the pool is still the caller's."""
     if not _is_traced(pool, block_tables_bm, lengths_b, num_rows):
@@ -188,7 +191,7 @@ def _check_append_values(
         native_library.check_append(pool.shape[0], pool.shape[3], *values)
 
 
-def _is_traced(*arrays: Array | int) -> bool:
+def _is_traced(*arrays: Array) -> bool:
     return any(isinstance(array, Tracer) for array in arrays)
 
 
@@ -253,9 +256,9 @@ def _allocate(shape, dtype):
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _append(pool, k_bkh, v_bkh, block_tables_bm, lengths_b):
+def _append(pool, k_bkh, v_bkh, block_tables_bm, lengths_b, num_rows):
     call = jax.ffi.ffi_call("apex_append", _like(pool), input_output_aliases={0: 0})
-    return call(pool, k_bkh, v_bkh, block_tables_bm, lengths_b)
+    return call(pool, k_bkh, v_bkh, block_tables_bm, lengths_b, num_rows)
 
 
 @functools.partial(jax.jit, static_argnums=4)

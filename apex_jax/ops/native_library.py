@@ -109,7 +109,7 @@ def configure(
         if cpus:
             raise ValueError(f"numa_node = {numa_node}: cpus are given too")
         cpus = _cpus_of_node(numa_node)
-    usable = _usable_cpus()
+    usable = usable_cpus()
     for cpu in cpus:
         if cpu not in usable:
             raise ValueError(f"cpus: {cpu} is not one of this process's CPUs {sorted(usable)}")
@@ -214,7 +214,8 @@ def _find_library() -> pathlib.Path:
     )
 
 
-def _usable_cpus() -> set[int]:
+def usable_cpus() -> set[int]:
+    """CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
@@ -225,7 +226,7 @@ def _cpus_of_node(numa_node: int) -> list[int]:
     path = pathlib.Path(f"/sys/devices/system/node/node{numa_node}/cpulist")
     if not path.is_file():
         raise ValueError(f"numa_node = {numa_node}: {path} does not exist")
-    cpus = _usable_cpus().intersection(parse_cpus(path.read_text()))
+    cpus = usable_cpus().intersection(parse_cpus(path.read_text()))
     if not cpus:
         raise ValueError(f"numa_node = {numa_node}: none of its CPUs is usable by this process")
     return sorted(cpus)

@@ -130,7 +130,7 @@ def figures(served: Sequence[Served], bounds: Bounds | None) -> dict[str, Any]:
         "output_tokens_per_sec": num_tokens / wall_sec,
         "steady_output_tokens_per_sec": _steady_rate(known) if has_all else None,
         "host_share": sum(host_tokens) / num_tokens if has_lanes else None,
-        "ttft_sec": Quantiles.of([one.ttft_sec for one in served]),
+        "ttft_sec": _ttft(served),
         "tpot_sec": _tpot(served),
         "itl_sec": Quantiles.of(gaps) if has_all else None,
         "e2e_sec": Quantiles.of([one.e2e_sec for one in served]),
@@ -157,7 +157,11 @@ def _by_lane(served: Sequence[Served]) -> dict[str, LaneLatency]:
         name: [one for one, on_host in zip(served, is_host, strict=True) if on_host == wanted]
         for name, wanted in (("device", False), ("host", True))
     }
-    return {name: LaneLatency(len(own), _tpot(own)) for name, own in lanes.items()}
+    return {name: LaneLatency(len(own), _tpot(own), _ttft(own)) for name, own in lanes.items()}
+
+
+def _ttft(served: Sequence[Served]) -> Quantiles | None:
+    return Quantiles.of([one.ttft_sec for one in served])
 
 
 def _tpot(served: Sequence[Served]) -> Quantiles | None:

@@ -11,8 +11,17 @@ from launch.comparison.page import Figure, Section, Table
 from launch.comparison.page_charts import Bar, Series, draw_bars, draw_dots
 from launch.comparison.page_curves import Curves, Point, curve_figure
 from launch.comparison.page_sources import Loaded
-from launch.comparison.page_values import Cell, Found, Words, number, percent, short, spread
-from launch.comparison.results import FORMAT, read_result
+from launch.comparison.page_values import (
+    Cell,
+    Found,
+    Part,
+    Words,
+    number,
+    percent,
+    short,
+    spread,
+)
+from launch.comparison.results import FORMAT, UNCLEAR, Spread, read_result
 from launch.drawing import BRIGHT
 
 DEVICE_COLOR, HOST_COLOR = BRIGHT[0], BRIGHT[3]
@@ -58,6 +67,7 @@ def benchmark_section(loaded: Loaded) -> Section:
     if offline:
         figures.append(_throughput(offline, loaded, header.baseline))
     figures += _prediction(offline, loaded)
+    figures += _lanes(offline, loaded)
     figures += _curves(online, loaded)
     return Section(
         title=f"{workload.name} on {header.model.name}{where}",
@@ -67,7 +77,7 @@ def benchmark_section(loaded: Loaded) -> Section:
         f"sha256 {workload.sha256[:12]}. KV cache: "
         f"{_budget(header.budgets.device_kv_bytes)} on the device, "
         f"{_budget(header.budgets.host_kv_bytes)} on the host; {header.model.dtype}. "
-        f"{header.warm_up}",
+        f"{header.warm_up} {header.settings.get('note') or ''}".strip(),
         shows=SHOWS[backend],
         cannot=CANNOT[backend],
         figures=figures,
@@ -91,9 +101,9 @@ def _throughput(rows: Sequence[Found], loaded: Loaded, baseline: str | None) -> 
         [
             _name(row),
             spread(row.get("output_tokens_per_sec")),
-            spread(row.get("ratio")),
+            _ratio(row.get("ratio")),
             spread(row.get("steady_output_tokens_per_sec")),
-            spread(row.get("steady_ratio")),
+            _ratio(row.get("steady_ratio")),
             _share(row),
             number(row["num_ok"]),
             _failed(row),
@@ -103,7 +113,8 @@ def _throughput(rows: Sequence[Found], loaded: Loaded, baseline: str | None) -> 
     note = (
         "Medians over repeats; whiskers and brackets are the least and the most. Bars are split by "
         "the lane that decoded. Ratios are taken within each repeat, then their median. Steady: "
-        "without the first and the last tenth of the output tokens."
+        "without the first and the last tenth of the output tokens. A ratio above 1 in one repeat "
+        f"and below it in another is {UNCLEAR}."
     )
     return Figure(picture, Table(columns, cells), note, loaded.source)
 
@@ -123,6 +134,16 @@ def _bar(row: Found) -> Bar:
 def _name(row: Found) -> str:
     system, framework = row["system"].value, row["framework"].value
     return system if framework in ("apex_jax", system) else f"{system} ({framework})"
+
+
+def _ratio(ratio: Found | None) -> Cell:
+    if ratio is None or not Spread(**ratio.value).crosses_one:
+        return spread(ratio)
+    return number(ratio["median"]), " (", *_ends(ratio), Words(f") {UNCLEAR}")
+
+
+def _ends(ratio: Found) -> tuple[Part, ...]:
+    return number(ratio["min"]), " to ", number(ratio["max"])
 
 
 def _share(row: Found) -> Cell:
@@ -166,12 +187,81 @@ def _dots(label: str, values: Sequence[Found]) -> Series:
     return Series(label, tuple((index, one.value, None) for index, one in enumerate(values)))
 
 
+def _lanes(rows: Sequence[Found], loaded: Loaded) -> Iterator[Figure]:
+    """Yield latencies of all requests and of each lane's, where they were measured."""
+    known = [row for row in rows if row.get("tpot_sec")]
+    if not known:
+        return
+    kinds = {"all requests": known} | {
+        f"{lane} lane": [_lane(row, lane) for row in known] for lane in ("device", "host")
+    }
+    series = [
+        Series(
+            label,
+            tuple(
+                (index, one["tpot_sec"]["p50"].value, None)
+                for index, one in enumerate(own)
+                if one and one.get("tpot_sec")
+            ),
+        )
+        for label, own in kinds.items()
+    ]
+    picture = draw_dots(
+        [_name(row) for row in known],
+        [one for one in series if one.points],
+        "Time per output token by lane, all requests due at once, median in seconds",
+        "A track for each system with a dot for each lane, on a logarithmic axis.",
+        log=True,
+    )
+    columns = ["system", "TTFT, s", "TPOT, s"]
+    for lane in ("device", "host"):
+        columns += [f"requests, {lane} lane", f"TTFT, s, {lane} lane", f"TPOT, s, {lane} lane"]
+    cells = [
+        [
+            _name(row),
+            *_latencies(row),
+            *(cell for lane in ("device", "host") for cell in _lane_cells(_lane(row, lane))),
+        ]
+        for row in known
+    ]
+    note = (
+        "Medians over requests, in brackets the 99th percentile; of these the medians over "
+        "repeats. A request counts to the lane that decoded more than half of its tokens."
+    )
+    yield Figure(picture, Table(columns, cells), note, loaded.source)
+
+
+def _lane(row: Found, name: str) -> Found | None:
+    lanes = row.get("by_lane")
+    return None if lanes is None else lanes.get(name)
+
+
+def _lane_cells(lane: Found | None) -> list[Cell]:
+    return ["", "", ""] if lane is None else [number(lane["num_requests"]), *_latencies(lane)]
+
+
+def _latencies(found: Found) -> list[Cell]:
+    """Return TTFT and TPOT."""
+    figures = [found.get(name) for name in ("ttft_sec", "tpot_sec")]
+    return [
+        "" if one is None else (number(one["p50"]), " (", number(one["p99"]), ")")
+        for one in figures
+    ]
+
+
 def _curves(rows: Sequence[Found], loaded: Loaded) -> Iterator[Figure]:
     """Yield latency and goodput by request rate."""
     for name, quantile, title, unit in LATENCIES:
         found = [(row, row.get(name)) for row in rows]
         points = [_point(row, one and one[quantile]) for row, one in found]
         yield from _curve(points, f"{title} by request rate", f"{title}, {unit}", loaded)
+    points = []
+    for row in rows:
+        lane = _lane(row, "host")
+        latency = lane and lane.get("tpot_sec")
+        points += [_point(row, latency["p50"])] if latency else []
+    title = "Time per output token in the host lane"
+    yield from _curve(points, f"{title} by request rate", f"{title}, s, median", loaded)
     points = [_point(row, row.get("goodput_requests_per_sec")) for row in rows]
     yield from _curve(points, "Goodput by request rate", "requests/s within their bounds", loaded)
 

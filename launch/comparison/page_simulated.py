@@ -5,7 +5,7 @@ Owns the sections of the files that launch.simulate_paper and simulate write.
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.comparison.page import Figure, Section, Table
 from launch.comparison.page_charts import Bar, Series, draw_bars, draw_dots
@@ -137,18 +137,44 @@ def _bandwidths(cases: Sequence[Found], loaded: Loaded) -> Figure:
     return Figure(picture, Table(columns, rows), note, loaded.source)
 
 
+class Measure(NamedTuple):
+    """A column that is drawn along an axis. reference: a value with a line of its own."""
+
+    column: str
+    title: str
+    y_label: str
+    note: str
+    reference: float | None = None
+
+
+GAIN = Measure(
+    "to_device_only",
+    "Gain over device_only",
+    "times device_only",
+    "Above the dashed line a strategy gains, beneath it it loses. Host: of its nominal bandwidth.",
+    1.0,
+)
+HOST_SHARE = Measure(
+    "host_share",
+    "Host share",
+    "of output tokens",
+    "Output tokens whose attention the host did, over all of them.",
+)
+
+
 def is_job(content: dict[str, Any]) -> bool:
     return str(content.get("what", "")).startswith("strategies on simulated hardware")
 
 
 def jobs_section(loaded: Loaded) -> Section:
-    """Return gains over device_only by output length and by KV budget."""
+    """Return gains over device_only by output length and by KV budget, and the host's share."""
     if loaded.rows is None:
         raise KeyError(f"the rows, which lie in {loaded.path.with_suffix('.csv').name}")
     rows = [row for row in loaded.rows if row.get("strategy")]
     figures = [
-        *_gain_by(rows, "output_tokens", "output length", "output tokens", loaded),
-        *_gain_by(rows, "device_kv_tokens", "KV budget", "tokens of KV on the card", loaded),
+        *_by(rows, GAIN, "output_tokens", "output length", "output tokens", loaded),
+        *_by(rows, GAIN, "device_kv_tokens", "KV budget", "tokens of KV on the card", loaded),
+        *_by(rows, HOST_SHARE, "output_tokens", "output length", "output tokens", loaded),
     ]
     is_steady = all(row.get("sweep_sec") for row in rows)
     kind = "steady states" if is_steady else "whole jobs"
@@ -169,15 +195,15 @@ def _conditions(rows: Sequence[Found]) -> str:
     )
 
 
-def _gain_by(
-    rows: Sequence[Found], axis: str, title: str, x_label: str, loaded: Loaded
+def _by(
+    rows: Sequence[Found], measure: Measure, axis: str, title: str, x_label: str, loaded: Loaded
 ) -> Iterator[Figure]:
     """Yield a figure for each set of conditions that differ in the axis, strategy and host only."""
     fixed = ("model", "device", "workload", "prompt_tokens", "output_tokens", "device_kv_tokens")
     fixed = tuple(name for name in (*fixed, "request_rate") if name != axis)
     groups: dict[tuple[object, ...], list[Found]] = {}
     for row in rows:
-        if row.get("to_device_only") and row["strategy"].value != "device_only":
+        if row.get(measure.column) and row["strategy"].value != "device_only":
             groups.setdefault(tuple(row[name].value for name in fixed), []).append(row)
     several_hosts = len({row["host_bandwidth_scale"].value for row in rows}) > 1
     for key, group in groups.items():
@@ -188,19 +214,18 @@ def _gain_by(
                 row["strategy"].value
                 + (f", host x{row['host_bandwidth_scale'].value:g}" if several_hosts else ""),
                 row[axis].value,
-                row["to_device_only"],
+                row[measure.column],
             )
             for row in group
         ]
         named = dict(zip(fixed, key, strict=True))
         curves = Curves(
-            f"Gain over device_only by {title}: {_of(named)}",
+            f"{measure.title} by {title}: {_of(named)}",
             x_label,
-            "times device_only",
-            "Above the dashed line a strategy gains, beneath it it loses. Host: of its nominal "
-            "bandwidth.",
+            measure.y_label,
+            measure.note,
             log_x=True,
-            reference=1.0,
+            reference=measure.reference,
         )
         yield curve_figure(points, curves, loaded.source)
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.comparison.results import (
+    UNCLEAR,
+    Quantiles,
     ResultHeader,
     RunRow,
+    Spread,
     SummaryRow,
     WorkloadUsed,
     summarize,
@@ -39,12 +42,13 @@ class ComparisonFile:
         return self._file.path
 
     def measure(self, runs: Callable[[], Iterable[RunRow]]) -> None:
-        """Write each run as it ends."""
+        """Write each run as it ends, and what all came to so far: a part of a file is of use."""
 
         def rows() -> Iterator[dict[str, Any]]:
             for run in runs():
                 self._runs.append(run)
                 yield asdict(run)
+                self.finish()
 
         self._file.measure("runs", rows)
 
@@ -107,6 +111,7 @@ def _markdown(header: ResultHeader, summary: Sequence[SummaryRow], cut: str | No
             f"Model {header.model.name}, {header.model.dtype}; backend {header.backend}; "
             f"{'; '.join(hardware)}. KV cache: {_budget(header.budgets.device_kv_bytes)} on the "
             f"device, {_budget(header.budgets.host_kv_bytes)} on the host. {header.warm_up}",
+            *(["", f"**{note}**"] if (note := header.settings.get("note")) else []),
             "",
             *_table(summary, header.baseline),
             "",
@@ -139,13 +144,14 @@ def _table(summary: Sequence[SummaryRow], baseline: str | None) -> Iterator[str]
         "system": lambda row: f"`{row.system}`",
         "requests/s": lambda row: _short(row.request_rate),
         "output tokens/s": lambda row: _spread(row.output_tokens_per_sec),
-        f"over `{baseline}`": lambda row: _spread(row.ratio),
+        f"over `{baseline}`": lambda row: _ratio(row.ratio),
         "steady tokens/s": lambda row: _spread(row.steady_output_tokens_per_sec),
         "predicted": lambda row: _short(row.predicted_output_tokens_per_sec),
         "host share": lambda row: "" if row.host_share is None else f"{row.host_share:.0%}",
         "goodput, requests/s": lambda row: _spread(row.goodput_requests_per_sec),
         "TTFT p50, p99 s": lambda row: _two(row.ttft_sec),
         "TPOT p50, p99 s": lambda row: _two(row.tpot_sec),
+        "TPOT p50, p99 s, host lane": lambda row: _two(_in_host_lane(row)),
         "end to end p50, p99 s": lambda row: _two(row.e2e_sec),
         "runs": lambda row: f"{row.num_ok}",
         "failed": lambda row: _failed(row),
@@ -172,6 +178,16 @@ def _spread(spread: Any) -> str:
     ends = f"{spread.min:.4g} to {spread.max:.4g}"
     middle = f"{spread.median:.4g}"
     return middle if spread.min == spread.max else f"{middle} ({ends})"
+
+
+def _ratio(ratio: Spread | None) -> str:
+    """Return a ratio, and say so where it was above 1 and below it."""
+    return _spread(ratio) + (f", {UNCLEAR}" if ratio is not None and ratio.crosses_one else "")
+
+
+def _in_host_lane(row: SummaryRow) -> Quantiles | None:
+    host = (row.by_lane or {}).get("host")
+    return None if host is None else host.tpot_sec
 
 
 def _two(quantiles: Any) -> str:

@@ -15,6 +15,7 @@ from launch.comparison.decode import FileError, decode, load_object
 from launch.comparison.workload_file import WorkloadHeader
 
 FORMAT = "apex_jax.benchmark/1"
+UNCLEAR = "not distinguishable"  # a ratio that was above 1 in one repeat and below it in another
 NOT_HEADER = ("groups", "failed", "left_out", "seconds")  # what else such a file holds
 
 
@@ -51,6 +52,11 @@ class Spread:
     min: float
     max: float
 
+    @property
+    def crosses_one(self) -> bool:
+        """Say whether a ratio was above 1 in one repeat and below it in another."""
+        return self.min < 1 < self.max
+
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Spread | None":
         return cls(median(samples), min(samples), max(samples)) if samples else None
@@ -62,6 +68,7 @@ class LaneLatency:
 
     num_requests: int
     tpot_sec: Quantiles | None
+    ttft_sec: Quantiles | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class SummaryRow:
     """One system at one request rate, over its repeats.
 
     ratio: of output_tokens_per_sec to the baseline's of the same repeat. Latencies: of each figure
-    the median over repeats. error: of the first run that failed.
+    the median over repeats, by_lane too. error: of the first run that failed.
     """
 
     system: str
@@ -133,6 +140,7 @@ class SummaryRow:
     e2e_sec: Quantiles | None
     normalized_sec: Quantiles | None
     error: str | None
+    by_lane: dict[str, LaneLatency] | None = None
 
 
 @dataclass(frozen=True)
@@ -267,6 +275,7 @@ def _summary(
         e2e_sec=_middle(known("e2e_sec")),
         normalized_sec=_middle(known("normalized_sec")),
         error=next((run.error for run in own if run.error), None),
+        by_lane=_lanes(known("by_lane")),
     )
 
 
@@ -278,6 +287,19 @@ def _middle(figures: Iterable[Quantiles]) -> Quantiles | None:
     """Return the median of each figure over repeats."""
     columns = list(zip(*((one.mean, one.p50, one.p90, one.p99) for one in figures), strict=True))
     return Quantiles(*map(median, columns)) if columns else None
+
+
+def _lanes(runs: Sequence[dict[str, LaneLatency]]) -> dict[str, LaneLatency] | None:
+    """Return each lane's medians over repeats."""
+    lanes: dict[str, LaneLatency] = {}
+    for name in dict.fromkeys(name for lanes_of_run in runs for name in lanes_of_run):
+        own = [lanes_of_run[name] for lanes_of_run in runs if name in lanes_of_run]
+        lanes[name] = LaneLatency(
+            round(median(one.num_requests for one in own)),
+            _middle(one.tpot_sec for one in own if one.tpot_sec is not None),
+            _middle(one.ttft_sec for one in own if one.ttft_sec is not None),
+        )
+    return lanes or None
 
 
 def _rows(cls: Any, groups: dict[str, Any], name: str, path: Path) -> tuple[Any, ...]:

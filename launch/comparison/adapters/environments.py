@@ -22,11 +22,20 @@ class SetUpError(RuntimeError):
 
 @dataclass(frozen=True)
 class Framework:
-    """A framework that runs here. script: in children/. requirements: none for our own."""
+    """A framework that runs here.
+
+    script: in children/. requirements: none for our own. shares: the framework whose environment it
+    runs in; None for one of its own.
+    """
 
     name: str
     script: str
     requirements: tuple[str, ...]
+    shares: str | None = None
+
+    @property
+    def environment(self) -> str:
+        return self.shares or self.name
 
     @property
     def path(self) -> Path:
@@ -41,6 +50,12 @@ FRAMEWORKS = {
     for one in (
         Framework("apex_jax", "run_apex_jax.py", ()),
         Framework("transformers", "run_transformers.py", _TRANSFORMERS),
+        Framework(
+            "transformers_by_prompt",
+            "run_transformers_by_prompt.py",
+            _TRANSFORMERS,
+            shares="transformers",
+        ),
         Framework("llama.cpp", "run_llama_cpp.py", _LLAMA_CPP),
     )
 }
@@ -60,7 +75,7 @@ def interpreter_of(
     if not framework.requirements:
         return sys.executable
     key = hashlib.sha256(repr((framework.requirements, sys.version_info[:2])).encode())
-    folder = env_dir / f"{framework.name}-{key.hexdigest()[:8]}"
+    folder = env_dir / f"{framework.environment}-{key.hexdigest()[:8]}"
     python, done = folder / "bin" / "python", folder / "installed"
     if done.exists():
         return str(python)

@@ -1,26 +1,36 @@
 """Frameworks that bring a benchmark client of their own: vLLM and SGLang.
 
-Owns the workload in the format their clients read, the commands to type, and the reading of their
+Owns the workload in the format that a client reads, the commands to type, and the reading of its
 result files as rows. Both commands use SGLang's client, whose `autobench` data set carries token
-ids: vLLM's own reads text and would tokenise it again. Refuses a result that did other work.
-Imports no jax.
+ids: vLLM's own, and SGLang's later ones, read text and would tokenise it again. Refuses a result
+that did other work. Imports no jax.
 """
 
 import json
 import shlex
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from launch.comparison.decode import FileError, load_object
-from launch.comparison.results import Quantiles, RunRow
+from launch.comparison.latency import Served, fault_of, figures
+from launch.comparison.results import RunRow
 from launch.comparison.workload_file import Workload
 
 EXTERNAL = ("vllm", "sglang")
-_PERCENTILES = ("mean_{}_ms", "median_{}_ms", "p90_{}_ms", "p99_{}_ms")  # as Quantiles has them
+# The last release whose client has the data set; 0.5.17 lacks it (sgl-project/sglang#31941). The
+# server may be any release.
+CLIENT = "sglang==0.5.16"
+# SGLang gives a request at most its context less the prompt, less two tokens.
+SGLANG_MARGIN_TOKENS = 2
 
 
 def export(workload: Workload, path: Path) -> None:
-    """Write the requests as SGLang's `autobench` data set: token ids, lengths, arrivals in ms."""
+    """Write the requests as SGLang's `autobench` data set: token ids, lengths, arrivals in ms.
+
+    The client samples at temperature 0 and ignores the end of a text unless it is told otherwise.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for one in workload.requests:
@@ -29,7 +39,6 @@ def export(workload: Workload, path: Path) -> None:
                 "prompt_len": len(one.prompt_token_ids),
                 "output_len": one.output_tokens,
                 "timestamp": one.arrival_sec * 1000,
-                "extra_request_body": {"temperature": 0.0, "ignore_eos": True},
             }
             file.write(json.dumps(row) + "\n")
 
@@ -58,7 +67,8 @@ def commands(
     else:
         server = ["python", "-m", "sglang.launch_server", "--model-path", model, "--dtype", dtype]
         server += ["--disable-radix-cache", "--max-running-requests", str(max_requests)]
-        server += ["--context-length", str(max_model_len), "--max-total-tokens", str(kv_tokens)]
+        server += ["--context-length", str(max_model_len + SGLANG_MARGIN_TOKENS)]
+        server += ["--max-total-tokens", str(kv_tokens)]
         port = "30000"
     client = ["python", "-m", "sglang.bench_serving", "--backend", name, "--model", model]
     client += ["--dataset-name", "autobench", "--dataset-path", str(data), "--port", port]
@@ -80,41 +90,45 @@ def read_rows(name: str, path: Path, workload: Workload) -> list[RunRow]:
 
 
 def _row(name: str, path: Path, run: dict[str, Any], repeat: int, workload: Workload) -> RunRow:
-    def number(field: str) -> float:
-        value = run.get(field)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise FileError(f"{path}, line {repeat + 1} lacks the number {field!r}")
-        return value
-
-    header = workload.header
-    work = {
-        "requests": (header.num_requests, number("completed")),
-        "prompt tokens": (header.prompt_tokens, number("total_input_tokens")),
-        "output tokens": (header.output_tokens, number("total_output_tokens")),
-    }
+    where = f"{path}, line {repeat + 1}"
+    wall_sec = run.get("duration")
+    if not isinstance(wall_sec, int | float):
+        raise FileError(f"{where} lacks the number 'duration'")
+    served = list(_served(run, workload, where))
     row = {"system": name, "framework": name, "request_rate": None, "repeat": repeat}
-    for what, (asked, done) in work.items():
-        if asked != done:
-            error = f"not comparable: the workload has {asked} {what} and the system did {done:g}"
-            return RunRow(**row, status="failed", error=error)
-    wall_sec = number("duration")
-    return RunRow(
-        **row,
-        status="ok",
-        num_requests=header.num_requests,
-        prompt_tokens=header.prompt_tokens,
-        output_tokens=header.output_tokens,
-        wall_sec=wall_sec,
-        output_tokens_per_sec=header.output_tokens / wall_sec,
-        ttft_sec=_quantiles(run, "ttft"),
-        tpot_sec=_quantiles(run, "tpot"),
-        itl_sec=_quantiles(run, "itl"),
-        e2e_sec=_quantiles(run, "e2e_latency"),
-    )
+    fault = fault_of(workload.requests, served)
+    if fault is not None:
+        said = next(filter(None, run.get("errors", ())), "")
+        text = f"not comparable: {fault}" + (f"; the client says: {said}" if said else "")
+        return RunRow(**row, status="failed", error=text)
+    # The client's clock starts before it sends anything.
+    whole = {
+        "wall_sec": wall_sec,
+        "output_tokens_per_sec": workload.header.output_tokens / wall_sec,
+    }
+    return RunRow(**row, status="ok", **(figures(served, None) | whole))
 
 
-def _quantiles(run: dict[str, Any], figure: str) -> Quantiles | None:
-    """Return a figure in seconds; None where the client did not report all of it."""
-    found = [run.get(name.format(figure)) for name in _PERCENTILES]
-    known = [value / 1000 for value in found if isinstance(value, int | float)]
-    return Quantiles(*known) if len(known) == len(found) else None
+def _served(run: dict[str, Any], workload: Workload, where: str) -> Iterator[Served]:
+    """Yield the client's details of each request, which are in the workload's order."""
+    columns: list[list[Any]] = []
+    for name in ("input_lens", "output_lens", "ttfts", "itls"):
+        column = run.get(name)
+        if not isinstance(column, list) or len(column) != len(workload.requests):
+            raise FileError(
+                f"{where} lacks {name!r} of {len(workload.requests)} requests; the client writes "
+                "them with --output-details"
+            )
+        columns.append(column)
+    for request, prompt, output, ttft_sec, itl_sec in zip(workload.requests, *columns, strict=True):
+        token_sec = tuple(accumulate([ttft_sec, *itl_sec]))
+        yield Served(
+            id=request.id,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            arrival_sec=0.0,
+            first_token_sec=ttft_sec,
+            finish_sec=token_sec[-1],
+            # A server may send several tokens at once.
+            token_sec=token_sec if len(token_sec) == output else None,
+        )

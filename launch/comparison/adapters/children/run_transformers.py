@@ -3,9 +3,10 @@
     python run_transformers.py JOB.json RESULT.json
 
 A static batch goes on until its longest request has ended: requests are sorted by output length, so
-that those of a batch end together, and padded on the left. The first repeat tries batch sizes and
-caches on as many requests as may be in flight and keeps the fastest; later ones are told. Imports
-nothing of this project: torch and transformers only.
+that those of a batch end together, and padded on the left. (Nobody knows output lengths before; the
+order that needs no oracle is run_transformers_by_prompt.py's.) The first repeat tries batch sizes
+and caches on as many requests as may be in flight and keeps the fastest; later ones are told.
+Imports nothing of this project: torch and transformers only.
 """
 
 # pyright: reportMissingImports=false
@@ -14,8 +15,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,11 +25,25 @@ import transformers
 TRIAL_TOKENS = 24  # decoded by each trial: long enough that its prompts do not decide
 
 
+class Order(NamedTuple):
+    """In which requests become batches. key: what they are sorted by."""
+
+    name: str
+    key: Callable[[dict[str, Any]], tuple[int, ...]]
+
+
+BY_OUTPUT = Order(
+    "by output length, then prompt length, longest first",
+    lambda one: (-one["output_tokens"], -len(one["prompt_token_ids"])),
+)
+BY_PROMPT = Order("by prompt length, longest first", lambda one: (-len(one["prompt_token_ids"]),))
+
+
 class Generator:
     """A loaded model, and how batches of requests go through it."""
 
-    def __init__(self, job: dict[str, Any]):
-        self.job = job
+    def __init__(self, job: dict[str, Any], order: Order):
+        self.job, self.order = job, order
         self.device = "cuda" if job["device"] == "gpu" else "cpu"
         self.dtype = getattr(torch, job["dtype"])
         if self.device == "cpu":
@@ -49,9 +65,7 @@ class Generator:
 
     def batches(self, requests: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
         """Cut the requests into batches whose padded KV cache fits the budget."""
-        in_order = sorted(
-            requests, key=lambda one: (-one["output_tokens"], -len(one["prompt_token_ids"]))
-        )
+        in_order = sorted(requests, key=self.order.key)
         batches, budget = [], self.job["device_kv_bytes"]
         while in_order:
             taken = min(size, len(in_order))
@@ -148,14 +162,14 @@ def choose(generator: Generator, requests: list[dict[str, Any]]) -> dict[str, An
     return {
         "batch_size": size,
         "cache": "static" if is_static else "dynamic",
-        "order": "by output length, then prompt length, longest first; padded on the left",
+        "order": f"{generator.order.name}; padded on the left",
         "trial_sec": trials,
     }
 
 
-def main() -> None:
+def main(order: Order) -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    generator = Generator(job)
+    generator = Generator(job, order)
     requests = job["requests"]
     settings = job["settings"] or choose(generator, requests)
     size, cache = settings["batch_size"], settings["cache"]
@@ -185,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(BY_OUTPUT)
