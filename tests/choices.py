@@ -15,6 +15,7 @@ import reference
 
 from apex_jax import sampling
 from apex_jax.config import LlamaConfig
+from apex_jax.packing import pack_head, unpack_head
 from apex_jax.plan import HeadBatch
 from apex_jax.request import Request, SamplingParams
 
@@ -102,15 +103,7 @@ def modified(
 def noise(request, position, num_tokens):
     """The engine's own noise: what is tested here is where it lands, test_sampling has the rest."""
     head = HeadBatch.of([0], [0], [position], [request.sampling])
-    rows = sampling.SamplingRows(
-        head.temperatures_b,
-        head.top_ks_b,
-        head.top_ps_b,
-        head.min_ps_b,
-        jnp.asarray(head.seeds_b2),
-        np.zeros(1, np.int32),
-        head.positions_b,
-    )
+    _, rows = unpack_head(jnp.asarray(pack_head(head, rows=1)))
     ids = jnp.arange(num_tokens)[None]
     return np.asarray(sampling.token_noise(rows, ids)[0], np.float64)
 
