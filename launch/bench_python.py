@@ -148,6 +148,25 @@ def hollow_stages(model: LlamaConfig) -> dict[str, Callable[..., Any]]:
         leaves = jax.tree.leaves(arrays)
         return sum(leaf.ravel()[0].astype(jnp.float32) for leaf in leaves)
 
+    def embed_decode(embedding_vd: Any, tokens_by_slot: Any, rows_b4: Any) -> Any:
+        x_bd = jnp.zeros((len(rows_b4), model.d_model))
+        return x_bd + look(embedding_vd, tokens_by_slot, rows_b4), rows_b4
+
+    def head(
+        _: Any,
+        norm: Any,
+        output_vd: Any,
+        tokens_by_slot: Any,
+        x_bd: Any,
+        packed_b9: Any,
+        *,
+        is_greedy: bool,
+    ) -> Any:
+        del is_greedy
+        seen = look(norm, output_vd, tokens_by_slot, x_bd, packed_b9)
+        tokens_b = jnp.zeros(len(x_bd), jnp.int32) + (seen > jnp.finfo(jnp.float32).max)
+        return tokens_b, tokens_by_slot
+
     def queries(rows: int) -> jax.Array:
         return jnp.zeros((rows, model.num_heads + 2 * model.num_kv_heads, model.head_dim))
 
@@ -174,6 +193,8 @@ def hollow_stages(model: LlamaConfig) -> dict[str, Callable[..., Any]]:
         return tuple((one.x_bd + seen, queries(len(one.x_bd)) + seen) for one in groups)
 
     made = (
+        embed_decode,
+        head,
         layers_decode,
         layers_prefill,
         pre_attention,
