@@ -27,8 +27,8 @@ def test_formulas():
     assert found["itl_sec"].mean == pytest.approx((1 + 3) / 2)
     assert found["e2e_sec"].p50 == pytest.approx((6 + 3) / 2)
     assert found["normalized_sec"].mean == pytest.approx((6 / 3 + 3 / 1) / 2)
-    assert found["by_lane"]["host"] == LaneLatency(1, Quantiles(2.0, 2.0, 2.0, 2.0))
-    assert found["by_lane"]["device"] == LaneLatency(1, None)
+    assert found["by_lane"]["host"] == LaneLatency(1, *[Quantiles(2.0, 2.0, 2.0, 2.0)] * 2)
+    assert found["by_lane"]["device"] == LaneLatency(1, None, Quantiles(3.0, 3.0, 3.0, 3.0))
     assert found["goodput_requests_per_sec"] == pytest.approx(1 / 6)  # the second's TTFT is 3
 
 
