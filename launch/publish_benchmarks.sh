@@ -6,6 +6,8 @@
 # stand_in: every strategy on the demo model, one core as the device and the others as the host.
 # paced_t4, paced_a10: a whole workload on a described card beside this machine's real CPU.
 # paced_steady: both cards in a steady state, every strategy held to its bounds.
+# frameworks: ragged requests through this engine, transformers and llama.cpp, two models (15 minutes,
+#     and as long again to make the environments the first time).
 # online_t4, online_a10: loads and latencies, all simulated: the same on any machine, noisy or not.
 #
 # The first takes 8 minutes of a quiet machine, the paced ones 12 each and up to 9 GiB of memory,
@@ -52,6 +54,15 @@ online() { # card, host, config, MiB, rates
         --host_profile="$2" --request_rates="$5"
 }
 
+beside() { # name, model, requests, longest, whose token ids, frameworks
+    python -m launch.make_workload --set=lmsys --num_requests="$(size "$3" 8)" --max_model_len="$4" \
+        "$5" --output="runs/ragged_$1.jsonl"
+    python -m launch.compare --workload="runs/ragged_$1.jsonl" --config=configs/default.py \
+        --config.model.path="$2" --config.scheduler.strategy=device_only \
+        --config.scheduler.max_requests=32 --frameworks="apex_jax,transformers$6" --repeats=2 \
+        --output="$folder/frameworks_$1.json"
+}
+
 part() { # name
     case "$1" in
     stand_in)
@@ -63,6 +74,13 @@ part() { # name
     paced_a10) paced a10 llama_3_1_8b 384 48 192 ;;
     paced_steady)
         python -m launch.paced_proof --output="$folder/paced_steady.json" $(size "" --smoke)
+        ;;
+    frameworks)
+        of_demo="--model=configs/demo_model" all=,transformers_by_prompt,llama.cpp
+        beside demo configs/demo_model 96 512 "$of_demo" "$all"
+        beside demo_2048 configs/demo_model 96 2048 "$of_demo" "$all"
+        [ -d runs/random_100m ] || python -m launch.make_random_model --output=runs/random_100m
+        beside 100m runs/random_100m 48 256 --vocab_size=32000 ""
         ;;
     online_t4) online t4 paper_t4 llama_3_2_3b 512 own,1,1.5,2,3,4 ;;
     online_a10) online a10 paper_a10 llama_3_1_8b 1024 own,1,2,3,4,6 ;;
