@@ -7,7 +7,7 @@ The device is a schedule of what a data sheet says (configs/hardware); the host'
 and attention op are real, and so is all of Python. Each strategy fills both lanes and is looked at
 in a steady state; strategies take turns. Beside each measured rate stands what the simulated
 backend predicts for the same run, with the host's times as this very process measured them, and
-what the arithmetic of DESIGN.md's section 3 allows with them.
+what the arithmetic of schedule_arithmetic.py allows with them.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@
 All strategies share weights, pools and programs and run in turn, several times. A run fills both
 lanes with requests of one length and then looks at a steady state: nobody ends, nobody moves. On a
 CPU one core stands in for the device and the other one is the host's. Rates are tokens per second,
-`ratio` is to device_only, `arithmetic` what DESIGN.md's section 3 gives with the stage times that
+`ratio` is to device_only, `arithmetic` what schedule_arithmetic.py gives with the stage times that
 were measured in the very run.
 """
 

@@ -1,4 +1,4 @@
-"""What DESIGN.md's section 3 says of a strategy's rate, with stage times put in that were measured.
+"""What arithmetic says of a strategy's rate, with stage times put in that were measured.
 
 Owns the formulas: smooth flows, nobody waits in vain. Stage times go by label, as the shared
 engine's backend gives them: a name and the rows of its groups. Called by bench_strategies.

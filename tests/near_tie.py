@@ -3,7 +3,7 @@
 Two correct programs may choose differently where the two best scores nearly tie, and from there on
 their texts have nothing in common. So tokens must be equal up to the first position where the
 reference's own margin is below 2 * tau; there the comparison of that request stops, and few
-requests may stop. (DESIGN.md, section 5: tau is what two orders of float32 sums may differ by.)
+requests may stop. (tau is what two orders of float32 sums may differ by.)
 """
 
 from collections.abc import Sequence

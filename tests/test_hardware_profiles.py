@@ -84,7 +84,7 @@ def test_attention_has_a_rate_of_its_own():
 def test_what_is_left_for_kv_cache_is_what_weights_and_reserve_do_not_take():
     kv_bytes = DEVICES["t4"].kv_bytes(LLAMA_2_7B, 2, reserve_bytes=2 * GIB)
     assert kv_bytes == 15 * GIB - 2 * 6_738_415_616 - 2 * GIB
-    # DESIGN.md: 500 to 2,500 tokens in all, of 512 KiB each.
+    # A T4 holds few: 500 to 2,500 tokens in all, of 512 KiB each.
     assert 500 < kv_bytes // LLAMA_2_7B.kv_bytes_per_token(2) < 2500
 
 

@@ -2,7 +2,7 @@
 
 A few hundred cases are drawn over strategies, limits, arrivals and delays of the host; each runs on
 one of two engines (small_engines.py). What the cases met on their way is counted, so that a sweep
-which no longer meets it fails. Rounding is dealt with by DESIGN.md, section 5.
+which no longer meets it fails. Rounding is dealt with by near_tie.py.
 """
 
 import dataclasses

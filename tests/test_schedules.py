@@ -1,4 +1,4 @@
-"""Schedules on simulated hardware, held to the arithmetic of DESIGN.md section 3.
+"""Schedules on simulated hardware, held to the arithmetic of launch/schedule_arithmetic.py.
 
 Tl, Ta: linear work and device attention of a layer; a: host attention of a row in a layer. A cohort
 enters its first layer and leaves its last on its own, which costs one Tl a token; the arithmetic
@@ -206,7 +206,7 @@ LLAMA_2_7B = LlamaConfig(
 # NVIDIA's data sheet: 320 GB/s of memory bandwidth, 65 TFLOPS in fp16, PCIe 3.0 x16 (16 GB/s each
 # way); of these 72, 50 and 75 % are taken to be reached. So a layer's 405 MB of weights take 1.76
 # ms, 6 x 400 tokens of 16 KiB 0.17 ms, a sweep 63 ms. The host is one core that attends at 14 GB/s,
-# as the host op does on one (FACTS.md): 400 tokens of a row take 0.47 ms a layer.
+# as the host op does on one: 400 tokens of a row take 0.47 ms a layer.
 T4 = StageTimes.predict(
     LLAMA_2_7B,
     itemsize=2,
