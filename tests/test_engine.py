@@ -307,6 +307,14 @@ def test_a_program_takes_fewer_layers_where_cohorts_stand_between_them():
         ({"compile": CompileConfig(cache_dir="/dev/null/x")}, "cannot be made .Not a directory"),
         ({"scheduler": SchedulerConfig(strategy="warp")}, "strategy is 'warp'; it must be one of"),
         ({"cache": CacheConfig(page_size=12)}, "page_size is 12; it must be 8, 16"),
+        (
+            {"scheduler": SchedulerConfig(max_host_tpot_sec=0.0)},
+            "max_host_tpot_sec is 0.0; it must be above 0",
+        ),
+        (
+            {"scheduler": SchedulerConfig(max_device_tpot_sec=-1.0)},
+            "max_device_tpot_sec is -1.0; it must be above 0",
+        ),
         ({"model": ModelConfig()}, "model.path is None; it must be a model folder"),
         (
             {"model": ModelConfig(weights="dummy")},
