@@ -383,6 +383,10 @@ def test_wrong_values_leave_the_pool_to_its_owner():
         host_attention.write_pages(pool, pages, jnp.asarray([3, 3]))
     with pytest.raises(ValueError, match=r"page_ids\[0\] = -1: must be in \[0, 6\)"):
         host_attention.write_pages(pool, pages, jnp.asarray([-1, 3]))
+    with pytest.raises(ValueError, match="num_rows = 3: must be from 1 to 2"):
+        host_attention.append(pool, kv, kv, tables, lengths, jnp.asarray(3, jnp.int32))
+    one = jnp.asarray(1, jnp.int32)  # of two: what the other says is nothing to anybody
+    pool = host_attention.append(pool, kv, kv, tables, lengths.at[1].set(33), one)
     host_attention.append(pool, kv, kv, tables, lengths)  # the pool is still there
 
 

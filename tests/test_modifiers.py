@@ -267,6 +267,7 @@ def test_what_no_engine_can_do_is_refused(fields, message):
         ({"logit_bias": {-1: 0.0}}, "logit_bias is for -1; it must be for token ids"),
         ({"logit_bias": {4: -101.0}}, "logit_bias[4] is -101.0; it must be between -100 and 100"),
         ({"bad_words": ((1, -1),)}, "bad_words[0] is (1, -1); it must be text or token ids"),
+        ({"stop": ("",)}, "stop is ('',); it must be a tuple of strings that are not empty"),
         ({"bad_words": ((1,),) * 1025}, "bad_words is a list of 1025; it must be one of at most"),
     ],
 )
